@@ -3,7 +3,6 @@
 The recipe and what each part of it is worth: docs/chunk_tokens.md.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rfsq.calibration.chunk_covariance import mixed
-from rfsq.calibration.chunk_order import bit_order
+from rfsq.calibration.chunk_order import bit_order, class_order
 from rfsq.calibration.chunk_windows import Episodes, batches, normalised, windows
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes, cell_middles, gain_range
@@ -137,11 +136,13 @@ def fit_chunk_code(
     learned = sizes.num_classes - 1 - broad_classes(sizes.num_classes)
     _check_windows(x, learned)
     common = _common(x, sizes)
-    share = min(_SHARES, key=lambda share: _broad_cost(coding, held_out, common(share)))
+    share = min(_SHARES, key=lambda share: _broad_cost(coding, held_out, common[share]))
     coding = replace(coding, separable_share=share)
-    broad = _first(common(share), broad_classes(sizes.num_classes))
-    described = _learned(coding, x, learned, generator)
-    described = _aligned(described, common(share).basis[0])
+    described = _aligned(_learned(coding, x, learned, generator), common[share].basis[0])
+    broad = _picked(common[share], slice(broad_classes(sizes.num_classes)))
+    classes = _with(described, broad)
+    used = torch.bincount(coding.costs(held_out, classes).argmin(dim=1), minlength=learned)[:learned]
+    described = _picked(described, class_order(described.mean, used + 1.0))
     classes = _with(described, broad)
     for _ in range(2):
         chosen = coding.costs(held_out, classes).argmin(dim=1)
@@ -193,17 +194,16 @@ def _learned(coding: _Coding, x: Tensor, count: int, generator: torch.Generator)
     return _described(coding, x, assigned, parent)
 
 
-def _common(x: Tensor, sizes: ChunkSizes) -> Callable[[float], _Classes]:
-    """All broad classes by the separable share of their covariance."""
+def _common(x: Tensor, sizes: ChunkSizes) -> dict[float, _Classes]:
+    """The broad classes for each share of a separable covariance."""
     mean, covariance = x.mean(dim=0), torch.cov(x.T, correction=0).reshape(x.shape[1], x.shape[1])
     factors = torch.tensor(_BROAD, dtype=torch.float64).unsqueeze(-1)
-
-    def classes(share: float) -> _Classes:
+    found = {}
+    for share in _SHARES:
         variances, basis = _eigen(mixed(covariance, sizes.chunk_length, share))
-        count = len(_BROAD)
-        return _Classes(mean.expand(count, -1), basis.expand(count, -1, -1), variances * factors)
-
-    return classes
+        count = len(factors)
+        found[share] = _Classes(mean.expand(count, -1), basis.expand(count, -1, -1), variances * factors)
+    return found
 
 
 def _broad_cost(coding: _Coding, x: Tensor, broad: _Classes) -> float:
@@ -213,8 +213,8 @@ def _broad_cost(coding: _Coding, x: Tensor, broad: _Classes) -> float:
     return float(errors.clamp(min=_LEAST_ERROR).log().sum())
 
 
-def _first(classes: _Classes, count: int) -> _Classes:
-    return _Classes(*(tensor[:count] for tensor in vars(classes).values()))
+def _picked(classes: _Classes, which: slice | Tensor) -> _Classes:
+    return _Classes(*(tensor[which] for tensor in vars(classes).values()))
 
 
 def _with(classes: _Classes, broad: _Classes) -> _Classes:

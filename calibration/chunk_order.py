@@ -1,4 +1,4 @@
-"""The order of the bits of chunk tokens: which latent each of them refines."""
+"""The order of the bits of chunk tokens, which latent each of them refines, and of their classes."""
 
 from functools import cache
 
@@ -41,3 +41,23 @@ def bit_order(variances: Tensor, num_bits: int, shared_bits: int = 0) -> Tensor:
         falls = torch.where(torch.arange(MOST_BITS) < count.unsqueeze(-1), -torch.inf, falls)
     own = falls.flatten(1).argsort(dim=1, descending=True, stable=True)[:, : num_bits - shared_bits]
     return torch.cat((shared, own // MOST_BITS), dim=1)
+
+
+def class_order(means: Tensor, weights: Tensor) -> Tensor:
+    """Classes [C] in an order in which each bit of their numbers says as much as it can of where their means lie:
+    halves along the direction in which the means [C, N] differ most, each halved again. weights [C]: of each class.
+
+    A policy that says a class by a few bits at a time then says first what matters most.
+    """
+    count = len(means)
+    if count < 2:
+        return torch.arange(count)
+    shares = (weights / weights.sum()).unsqueeze(-1)
+    apart = means - (shares * means).sum(dim=0)
+    direction = torch.linalg.svd(shares.sqrt() * apart, full_matrices=False).Vh[0]
+    direction = direction * direction[direction.abs().argmax()].sign()
+    along = (apart @ direction).argsort(stable=True)
+    # As many as the numbers that begin with a 0.
+    half = 1 << (count - 1).bit_length() - 1
+    parts = (along[:half], along[half:])
+    return torch.cat([part[class_order(means[part], weights[part])] for part in parts])

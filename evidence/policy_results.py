@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rfsq.calibration.tables import Part, Table
 from rfsq.evidence.results import Document, Finding, Spread
 from rfsq.evidence.tables import number
+from rfsq.runtime.bundle.paths import counted
 
 POLICIES_JSON = "policies.json"
 AUTOREGRESSIVE = "autoregressive"
@@ -74,14 +75,20 @@ def _judged(results: PolicyResults) -> str:
     counts = sorted({len(report.whole.policy_mse.values) for report in results.reports})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return (
-        f"Trained on one {results.device} with {seeds} seeds each, and judged on the {results.judged} episodes of "
+        f"Trained on an {results.device} with {seeds} seeds each, and judged on the {results.judged} episodes of "
         f"{results.source}."
     )
 
 
 def findings(results: PolicyResults) -> tuple[Finding, ...]:
-    """The best of each family by its mean, all tokens said one after the other, against the best chunk tokens."""
-    errors = {report.name: report.whole.policy_mse for report in results.reports if report.policy == AUTOREGRESSIVE}
+    """The best of each family by its mean, tokens said one after the other and as many of them as are best, against the
+    best chunk tokens."""
+    errors = {
+        f"{report.name}, {counted(prefix.tokens, 'token')}": prefix.policy_mse
+        for report in results.reports
+        if report.policy == AUTOREGRESSIVE
+        for prefix in report.prefixes
+    }
 
     def best(family: str) -> str | None:
         return min((name for name in errors if family in name), key=lambda name: errors[name].mean, default=None)

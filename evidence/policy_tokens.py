@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from math import log2
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from rfsq.evidence.networks import ChunkNetwork, NetworkRecipe, train_network
 from rfsq.evidence.oat import OatConfig, OatNetwork
 from rfsq.evidence.policies import NOTHING
 from rfsq.evidence.schemes import BinCodec, BinRange, fit_bins
+from rfsq.evidence.workers import results_of
 from rfsq.rfsq_ref.chunk_bits import binary, number
 from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkSizes
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
@@ -146,6 +148,11 @@ class NetworkTokens(PolicyTokens):
 
     network: ChunkNetwork
 
+    def on_device(self) -> Self:
+        """With the network where it is fast."""
+        self.network.to(_device())
+        return self
+
     @torch.no_grad()
     def encode(self, chunks: Tensor) -> Tensor:
         actions = chunks.float().to(self.network.offset.device)
@@ -163,6 +170,10 @@ class NetworkTokens(PolicyTokens):
     @property
     def prefixes(self) -> tuple[int, ...]:
         return self.network.prefixes
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @lru_cache(maxsize=4)
@@ -189,18 +200,24 @@ def all_tokens(split: EpisodeSplit, chunk_length: int, recipe: NetworkRecipe) ->
         ).double()
         found += chunk_tokens(code, words)
     held_out = windows(split.calibration.episodes, chunk_length).reshape(-1, *shape)
-    return found + [oat_tokens(chunks.float(), held_out.float(), count, recipe) for count in (8, 16)]
+    trainings = [
+        (f"OAT, {count} registers", partial(oat_tokens, chunks.float(), held_out.float(), count, recipe))
+        for count in (8, 16)
+    ]
+    # Side by side on a GPU, which one of them does not fill.
+    workers = len(trainings) if torch.cuda.is_available() else 1
+    return found + [each.on_device() for each in results_of(trainings, workers, partial(torch.set_num_threads, 1))]
 
 
 def oat_tokens(chunks: Tensor, held_out: Tensor, count: int, recipe: NetworkRecipe) -> NetworkTokens:
-    """OAT with so many registers, trained on chunks float32 [n, T, A]. held_out: others, by which its weights are
-    chosen."""
+    """OAT with so many registers, trained on chunks float32 [n, T, A], where there is a GPU on that; it comes back to
+    the processor. held_out: others, by which its weights are chosen."""
     torch.manual_seed(recipe.seed)
     prefixes = tuple(prefix for prefix in (1, 2, 4, 8, 16) if prefix <= count)
     network = OatNetwork(OatConfig(chunks.shape[1], prefixes, dropout=0.0), chunks.shape[2])
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(_device())
     train_network(network, chunks, held_out, recipe)
-    return NetworkTokens(f"OAT, {count} registers", network.vocabulary, network)
+    return NetworkTokens(f"OAT, {count} registers", network.vocabulary, network.cpu())
 
 
 def fit_fast_tokens(chunks: Tensor, scale: float) -> FastTokens:
@@ -211,12 +228,12 @@ def fit_fast_tokens(chunks: Tensor, scale: float) -> FastTokens:
 
 
 def chunk_tokens(code: ChunkCode, words: str) -> list[ChunkTokens]:
-    """Sixteen tokens: as they are, as large as the class, and smaller behind the class."""
+    """Sixteen tokens: as they are, smaller behind the class, and small from the first on."""
     whole, first = code.sizes.token_bits, code.sizes.class_bits
     cuts: Sequence[tuple[str, tuple[int, ...]]] = (
         (f"{whole} bits", (whole,) * 16),
-        (f"{first} bits", (first,) * 16),
         (f"{first} bits, then 4", (first, *(4,) * 15)),
+        ("4 bits", (4,) * 16),
     )
     return [ChunkTokens(f"chunk tokens, {words}, {size}", 1 << max(cut), code, cut) for size, cut in cuts]
 

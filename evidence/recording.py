@@ -20,6 +20,7 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Torch's own stream of recordings stays on the device that was the first to record.
+    with torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay

@@ -21,7 +21,7 @@ from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array, in_chunks
 from rfsq.runtime.bundle.comparison import TokenComparison
 from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
-from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.gates import GATES, near_tie_cap
 from rfsq.runtime.bundle.golden import Golden
 
 
@@ -60,7 +60,7 @@ class ChunkReference:
             bounds=bounds.float().numpy(),
             stats=None,
             decoded={depth: decoded},
-            near_tie_cap=int(GATES.near_tie_ratio * float32.num_near_ties),
+            near_tie_cap=near_tie_cap(float32.num_near_ties),
             flip_tolerance=self._flip_tolerance(inputs, decoded),
             lengths=lengths,
             partial=partial,

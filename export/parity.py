@@ -32,18 +32,19 @@ from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array
 from rfsq.runtime.bundle.comparison import TokenComparison, action_errors
 from rfsq.runtime.bundle.console import ProgressLine, aligned
 from rfsq.runtime.bundle.fidelity import Fidelity
-from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.gates import GATES, near_tie_cap
 from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import GraphEntry, ParityEntry
-from rfsq.runtime.bundle.models import ChunkModel, ModelEntry
+from rfsq.runtime.bundle.models import ModelEntry
 
 _Arrays = Mapping[str, npt.NDArray[Any]]
 #: Control steps judged at once: large enough to be fast, small enough that float64 margins stay in a few hundred MB.
 _BATCH_STEPS = 8192
 #: Control steps of each section that travel with the bundle as golden vectors; the edges travel whole.
 _GOLDEN_STEPS = 192
-#: Numbers that a graph holds at once while it is checked: a quarter of a gigabyte each time.
-_MOST_PRODUCTS = 2**26
+#: Chunks that a graph is run on at once. Of TensorRT's form a runtime that fuses nothing holds every product: of one
+#: chunk of 26 dimensions, 16 steps and 64 classes, 34 MB.
+_GRAPH_CHUNKS = 8
 
 
 def batches(reference: Reference | ChunkReference, sections: Sequence[Section]) -> Iterator[Answers]:
@@ -79,7 +80,6 @@ class Judge:
     seed: int
     found: list[TokenComparison] = field(default_factory=list)
     float32: list[TokenComparison] = field(default_factory=list)
-    near_tie_cap: int = 0
     decode_errors: dict[str, float] = field(default_factory=dict)
     stats_error: float = 0.0
     num_steps: int = 0
@@ -96,7 +96,6 @@ class Judge:
         self.backend.encode_into(golden.actions, tokens, stats)
         self.found.append(self.reference.judge(golden.actions, golden.tokens, tokens))
         self.float32.append(answers.float32)
-        self.near_tie_cap += golden.near_tie_cap
         if stats is not None and golden.stats is not None:
             # Behind a flip the statistics are those of another residual.
             steady = ~(golden.tokens != tokens).any(axis=(-2, -1)) & answers.has_float32_stats
@@ -129,7 +128,7 @@ class Judge:
         near_ties = f"L0 to L{self.model.depth - 1}: {_counts(found)}; torch float32: {_counts(float32)}"
         return (
             entry("encode: wrong tokens", found.num_wrong, GATES.wrong_tokens, str(found.first_wrong or "")),
-            entry("encode: near-tie flips", found.num_near_ties, self.near_tie_cap, near_ties),
+            entry("encode: near-tie flips", found.num_near_ties, near_tie_cap(float32.num_near_ties), near_ties),
             *([entry("encode: stats error", self.stats_error, GATES.stats_error)] if self.model.has_stats else []),
             *(
                 entry(f"decode {decoder}: action error", self.decode_errors[decoder], GATES.action_error)
@@ -254,8 +253,8 @@ def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: Mod
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(session) as runtime:
         for feed, expected in _feeds(entry, golden, model):
             answers = {
-                "ONNX Runtime": _in_parts(runtime.infer, feed, model),
-                "onnx reference evaluator": _in_parts(evaluated, feed, model),
+                "ONNX Runtime": _in_parts(runtime.infer, feed),
+                "onnx reference evaluator": _in_parts(evaluated, feed),
             }
             judged = ((name, _disagreement(entry, golden, model, expected, found)) for name, found in answers.items())
             problems += [f"{entry.file} on {name}: {wrong}" for name, wrong in judged if wrong]
@@ -265,19 +264,10 @@ def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: Mod
 _Feed = dict[str, npt.NDArray[Any]]
 
 
-def _in_parts(run: Callable[[_Feed], _Arrays], feed: _Feed, model: ModelEntry) -> _Arrays:
-    """A run on so many chunks at a time that all products of one matrix product, which some graphs hold, take little
-    memory."""
-    products = 1
-    if isinstance(model, ChunkModel):
-        products = model.num_classes * model.chunk_length * model.action_dim * model.num_latents
-    most = max(1, _MOST_PRODUCTS // products)
-    rows = len(next(iter(feed.values())))
-    parts = []
-    for start in range(0, max(rows, 1), most):
-        found = run({name: values[start : start + most] for name, values in feed.items()})
-        # Copied, since the memory of a run is used by the next.
-        parts.append({name: np.array(values) for name, values in found.items()})
+def _in_parts(run: Callable[[_Feed], _Arrays], feed: _Feed) -> _Feed:
+    """What `run` makes of the feed, a few chunks at a time."""
+    starts = range(0, len(next(iter(feed.values()))), _GRAPH_CHUNKS)
+    parts = [run({name: array[start : start + _GRAPH_CHUNKS] for name, array in feed.items()}) for start in starts]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -22,7 +22,7 @@ from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array, in_chunks
 from rfsq.runtime.bundle.comparison import TokenComparison, compare_tokens
 from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
-from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.gates import GATES, near_tie_cap
 from rfsq.runtime.bundle.golden import Golden
 
 EDGES = "edges"
@@ -100,7 +100,7 @@ class Reference:
             bounds=bounds.float().numpy(),
             stats=rounded,
             decoded=decoded,
-            near_tie_cap=int(GATES.near_tie_ratio * float32.num_near_ties),
+            near_tie_cap=near_tie_cap(float32.num_near_ties),
             flip_tolerance=self._flip_tolerance(latents, decoded[self.prefixes[-1]], round_trip),
         )
         return Answers(golden, float32, round_trip)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .arrays import AnyArray, Float32Array, Float64Array, Int32Array, Int64Array, IntegerArray
 from .comparison import TokenComparison, compare_chunk_tokens, compare_tokens
 from .errors import BundleError
-from .gates import GATES, highest_bounds, highest_limit
+from .gates import GATES, highest_bounds, highest_limit, near_tie_cap
 from .manifest import GOLDEN_NAME
 from .models import ModelEntry, StepModel
 
@@ -22,8 +22,6 @@ from .models import ModelEntry, StepModel
 _ZIP_UNIX = 3
 #: How far inputs reach from the middle at least, in units: they are drawn from a range of about two units.
 _SPANNED_UNITS = 0.1
-#: Standard deviations of a count of rare events, sqrt(count) each, that a sample of them may lie above its share.
-_SCATTER = 3
 #: What arrays of decoded actions are called, before their number of layers; and what others are called.
 _DECODED = "decoded_"
 
@@ -73,9 +71,10 @@ class Golden:
         return compare_tokens(*expected, num_levels=model.vocabulary, is_step_coupled=model.is_step_coupled)
 
     def every(self, stride: int) -> Golden:
-        """Every stride-th chunk. The cap shrinks in proportion, but for the scatter of a count so small."""
-        share = self.near_tie_cap * len(self.actions[::stride]) / len(self.actions)
-        cap = min(self.near_tie_cap, math.ceil(share + _SCATTER * math.sqrt(share)))
+        """Every stride-th chunk. Of torch's flips it has a share; the scatter of a count so small stays."""
+        float32_flips = max(self.near_tie_cap - GATES.near_tie_scatter, 0) / GATES.near_tie_ratio
+        share = len(self.actions[::stride]) / len(self.actions)
+        cap = min(self.near_tie_cap, near_tie_cap(float32_flips * share))
         chosen = {name: array[::stride] if array.ndim else array for name, array in _arrays_of(self).items()}
         return replace(_golden_of(chosen), near_tie_cap=cap)
 
@@ -246,11 +245,11 @@ def _are_of_rounding(golden: Golden, model: ModelEntry) -> bool:
 
 
 def _most_flips(golden: Golden, model: ModelEntry, excused: int) -> int:
-    """No flip is without a near-tie, but those of later layers may follow it."""
+    """No flip is without a near-tie, but those of later layers may follow it. Torch's, and what that allows."""
     steps = golden.actions[..., 0].size
     highest = highest_limit("encode: near-tie flips", steps, model.step_latents, model.depth)
     assert highest is not None  # the name is a gate's
-    return int(min(highest, GATES.near_tie_ratio * model.depth * excused, golden.tokens.size))
+    return int(min(highest, near_tie_cap(min(model.depth * excused, golden.tokens.size))))
 
 
 def _spans_units(golden: Golden, model: ModelEntry) -> bool:

@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from rfsq.calibration.chunk import (
@@ -16,7 +18,7 @@ from rfsq.calibration.chunk import (
     fit_chunk_code,
     shared_bits,
 )
-from rfsq.calibration.chunk_order import bit_order, distortions
+from rfsq.calibration.chunk_order import bit_order, class_order, distortions
 from rfsq.calibration.chunk_windows import windows
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkSizes
@@ -139,6 +141,26 @@ def test_the_first_bits_may_be_the_same_in_all_classes_and_no_latent_loses_its_p
     counts = torch.nn.functional.one_hot(order, 3).sum(dim=1)
     # In the end each class has given its bits to the latents that it would have given them to.
     assert (counts - torch.nn.functional.one_hot(own, 3).sum(dim=1)).abs().max() <= 1
+
+
+def test_the_bits_of_a_class_say_first_where_classes_differ_most() -> None:
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 3)
+    shuffled = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    means = (corners * torch.tensor([1.0, 9.0, 3.0]))[shuffled]
+    ordered = means[class_order(means, torch.ones(8, dtype=torch.float64))]
+    for bit, dimension in ((0, 1), (1, 2), (2, 0)):
+        halves = ordered[:, dimension].reshape(2**bit, 2, -1)
+        # All classes with a 0 there lie on one side, all with a 1 on the other.
+        assert (halves == halves[..., :1]).all()
+        assert (halves[:, 0] != halves[:, 1]).all()
+
+
+@given(count=st.integers(1, 70), seed=st.integers(0, 9))
+def test_an_order_of_classes_has_each_once(count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(count, 4, generator=generator, dtype=torch.float64).round()
+    weights = torch.rand(count, generator=generator, dtype=torch.float64) + 0.1
+    assert sorted(class_order(means, weights).tolist()) == list(range(count))
 
 
 def test_one_order_of_the_first_bits_leaves_the_classes_as_they_are() -> None:

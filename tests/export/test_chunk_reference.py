@@ -16,7 +16,7 @@ from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.runtime.bundle.arrays import Float32Array
 from rfsq.runtime.bundle.comparison import compare_chunk_tokens
-from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.gates import GATES, near_tie_cap
 from tests.calibration.test_chunk import smooth_episodes
 from tests.rfsq_ref.test_chunk_rounding import NORMALISER, SIZES, fitted, tf32
 
@@ -89,7 +89,7 @@ def test_torch_float32_has_no_wrong_token_in_any_section(answers: dict[str, Answ
     for name, answer in answers.items():
         assert answer.float32.num_wrong == 0, name
         assert answer.float32.flipped.shape == (len(answer.golden.actions), 1)
-        assert answer.golden.near_tie_cap == int(GATES.near_tie_ratio * answer.float32.num_near_ties)
+        assert answer.golden.near_tie_cap == near_tie_cap(answer.float32.num_near_ties)
         assert (answer.round_trip[answer.float32.flipped[:, 0]] <= answer.golden.flip_tolerance).all()
         assert (answer.round_trip[~answer.float32.flipped[:, 0]] < 1e-12).all()
 

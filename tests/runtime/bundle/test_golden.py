@@ -189,8 +189,8 @@ def test_pickles_are_refused_unread(golden: Golden, model: ModelEntry) -> None:
         ("bounds.npy", np.full((6, 2, 4, 3), np.inf, np.float32), "bounds that float32's rounding does not explain"),
         ("bounds.npy", np.full((6, 2, 4, 3), 50, np.float32), "bounds that float32's rounding does not explain"),
         ("bounds.npy", np.full((6, 2, 4, 3), 1e-3, np.float32), "bounds that float32's rounding does not explain"),
-        ("near_tie_cap.npy", np.int64(-1), "a near_tie_cap of -1, not from 0 to 0"),
-        ("near_tie_cap.npy", np.int64(1), "a near_tie_cap of 1, not from 0 to 0"),
+        ("near_tie_cap.npy", np.int64(-1), "a near_tie_cap of -1, not from 0 to 35"),
+        ("near_tie_cap.npy", np.int64(36), "a near_tie_cap of 36, not from 0 to 35"),
         ("flip_tolerance.npy", np.float64(np.nan), "a flip_tolerance of nan, not from 0 to 10"),
         ("flip_tolerance.npy", np.float64(10.1), "a flip_tolerance of 10.1, not from 0 to 10"),
         ("flip_tolerance.npy", np.float64(1e300), r"a flip_tolerance of 1e\+300, not from 0 to 10"),
@@ -429,11 +429,10 @@ def test_a_sample_may_flip_as_often_as_its_share_and_the_scatter_explain(golden:
     def cap(cap: int, stride: int) -> int:
         return replace(golden, near_tie_cap=cap).every(stride).near_tie_cap
 
-    assert cap(600, 1) == 600
-    assert cap(600, 2) == 300 + 52  # 3 sqrt(300)
-    assert cap(0, 2) == 0
+    assert cap(635, 1) == 635
+    assert cap(635, 2) == 300 + 35
     # So few may all lie in the sample.
-    assert cap(2, 3) == 2
+    assert [cap(few, 3) for few in (0, 2, 35)] == [0, 2, 35]
 
 
 def test_missing_and_unknown_members_are_named(golden: Golden, model: ModelEntry) -> None:
