@@ -114,6 +114,28 @@ def test_without_an_output_files_have_the_name_of_the_data(
 
 
 @has_blank_picture
+def test_both_orders_of_the_same_data_have_files_of_their_own(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for order in ("own", "shared"):
+        assert main(["--kind", "chunk", "--data", str(data), "--classes", "4", "--order", order, "-q"]) == 0
+    names = {path.name for path in Path("build/checkpoints").iterdir()}
+    assert names == {"lab-chunk.safetensors", "lab-chunk-shared.safetensors"}
+
+
+@has_blank_picture
+def test_limits_of_a_robot_are_a_file(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = tmp_path / "limits.json"
+    limits.write_text(json.dumps({"kind": "min-max", "offset": [0, 0, 0], "scale": [3, 3, 3]}), encoding="utf-8")
+    assert run(tmp_path, "--data", data, "--classes", 4, "--normaliser", limits) == 0
+    normaliser = fitted(tmp_path).normaliser
+    assert normaliser is not None
+    assert normaliser.scale == (3, 3, 3)
+    assert "normaliser: that of limits.json, as asked" in capsys.readouterr().out
+
+
+@has_blank_picture
 def test_other_formats_are_read_as_everywhere(tmp_path: Path) -> None:
     episodes = [episode.astype(np.float32) for episode in smooth_episodes(3, [30] * 6, seed=0)]
     write_robomimic(tmp_path / "lab.hdf5", episodes)
