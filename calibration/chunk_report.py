@@ -126,11 +126,13 @@ def _classes_of(model: ChunkTokenizer, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def class_use(model: ChunkTokenizer, chunks: npt.NDArray[np.float32]) -> list[str]:
-    """Lines about the classes that code chunks [n, T, A]; model: in float64."""
+    """Lines about the classes that code chunks [n, T, A], none without any; model: in float64."""
+    if not len(chunks):
+        return []
     actions = torch.from_numpy(chunks).double()
     classes = torch.cat([_classes_of(model, model.encode(part)) for part in batches(actions, model.sizes)])
     counts = torch.bincount(classes, minlength=model.sizes.num_classes).double()
-    return _use(model.sizes, (counts / max(len(chunks), 1)).tolist())
+    return _use(model.sizes, (counts / len(chunks)).tolist())
 
 
 def _decoded(model: ChunkTokenizer, tokens: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .advice import command
 from .arrays import Float32Array, Float64Array
-from .paths import shortlist
+from .paths import counted, shortlist
 
 #: Share of a dimension's variance that decoding may lose before people are warned. At 1 % the RMS error is a tenth of
 #: the standard deviation: as much as ten plain bins over an evenly filled range leave, 3.3 bits without any model.
@@ -114,7 +114,7 @@ class Fidelity:
         if self.grade is Grade.POOR:
             return (
                 f"WARNING: the tokens are poor: decoded actions lose more than {POOR_SHARE:.0%} of the variance in "
-                f"{size}; {most}. {self._way_out(found[0], mode)}"
+                f"{size}; {most}. {self._advice(found[0], mode)}"
             )
         return (
             f"WARNING: the tokens are worthless: always sending the mean would do better, or about as well, in {size}; "
@@ -156,7 +156,7 @@ class Fidelity:
             f"error {self.largest[largest]:.3g} (dimension {largest}); at most {share} is lost (dimension {lost})"
         )
 
-    def _way_out(self, dimension: int, mode: str) -> str:
+    def _advice(self, dimension: int, mode: str) -> str:
         """What helps where the tokens are poor in this dimension."""
         is_clipped = dimension in _beyond(CHUNK_RANGE, self.low, self.high, self.unit, self.offset)
         return wider() if is_clipped and mode == "chunk" else _way_out(mode)
@@ -254,7 +254,7 @@ def clipping(
         return ""
     worst = found[0]
     name = f" ({names[worst]})" if names else ""
-    others = f", and others in {len(found) - 1} dimensions more" if len(found) > 1 else ""
+    others = f"; others lie beyond in {counted(len(found) - 1, 'dimension')} more" if len(found) > 1 else ""
     return (
         "WARNING: actions lie beyond the range of the tokens, and decode as its ends, where no bound holds: dimension "
         f"{worst}{name} runs from {low[worst]:.4g} to {high[worst]:.4g}, the range from "

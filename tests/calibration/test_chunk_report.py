@@ -13,6 +13,7 @@ from rfsq.calibration.chunk_fitting import chunk_parts, fit_chunk_tokens
 from rfsq.calibration.chunk_report import (
     ChunkReport,
     ClassKind,
+    class_use,
     draw_chunk,
     format_chunk_report,
     report_chunk,
@@ -131,6 +132,16 @@ def test_actions_beyond_the_range_are_warned_of(checkpoint: ChunkCheckpoint, jud
     assert f"dimension 1 (lift) runs from {low:.4g} to {high:.4g}, the range from " in printed
     assert f"Of all numbers {100 * found.clipped:.2g}% lie there" in printed
     assert "lie beyond" not in format_chunk_report(report_chunk(checkpoint, judging))
+
+
+def test_what_a_build_says_of_classes_is_what_the_report_says(
+    checkpoint: ChunkCheckpoint, judging: ActionDataset
+) -> None:
+    report, model = report_chunk(checkpoint, judging), checkpoint.model(dtype=torch.float64)
+    chunks = windows(judging.episodes, 4).reshape(-1, 4, 3).float().numpy()
+    (line,) = class_use(model, chunks)
+    assert line in format_chunk_report(report)
+    assert class_use(model, chunks[:0]) == []
 
 
 def test_dimensions_have_the_names_that_the_data_give_them(checkpoint: ChunkCheckpoint, judging: ActionDataset) -> None:
