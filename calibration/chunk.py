@@ -74,11 +74,11 @@ class _Coding:
     separable_share: float = 0.0
 
     def shrinkage(self, windows: float) -> float:
-        """Windows for these sizes that do what so many do for chunks of 8 steps of 7 dimensions.
+        """Windows for these sizes that do what so many do for chunks of 8 steps of 7 dimensions; never fewer.
 
         A covariance has N values in each window, and of windows at every step only each Tth is new: so with N * T.
         """
-        return windows * (self.sizes.num_values * self.sizes.chunk_length) / (8 * 7 * 8)
+        return windows * max(1.0, self.sizes.num_values * self.sizes.chunk_length / (8 * 7 * 8))
 
     def costs(self, x: Tensor, classes: _Classes) -> Tensor:
         """The error [n, C] of each class, summed over budgets, each over the mean of the best there."""

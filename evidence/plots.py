@@ -22,7 +22,7 @@ SCHEME_COLOURS = {
     "recovered": GREEN,
     "calibrated": BLUE,
 }
-_PEER_COLOURS = ("#7b4fa3", "#c39bd3", "#b58900", "#e0c060", "#0f8b8d", "#76c7c7", "#c2185b")
+_PEER_COLOURS = ("#7b4fa3", "#c39bd3", "#b58900", "#e0c060", "#0f8b8d", "#76c7c7", "#c2185b", "#8d6e63", "#455a64")
 _DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 _TINY = 1e-12
 _MSE = ("action_mse", "Action MSE, normalised units²")

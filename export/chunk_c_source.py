@@ -18,7 +18,7 @@ from rfsq.runtime.bundle.backend_specs import BACKENDS
 #: Numbers in the tables. GCC takes 3 seconds and 1.5 GB for so many, in a source of 270 MB.
 MOST_NUMBERS = 2**24
 #: Numbers of a table that are spelled out for people. GCC takes ten times as long and as much memory for these as for
-#: the same numbers in one string.
+#: the same numbers in one string, and NVRTC more than twice as long.
 MOST_SPELLED = 2**18
 
 #: Every byte as it is written in a string, and characters of a line of these.
@@ -139,22 +139,26 @@ def _table(name: str, values: Array | IntArray) -> str:
         return table("static const latent_index", name, values)
     if values.size <= MOST_SPELLED:
         return table("static _Alignas(64) const float", name, values)
-    return _packed_table(name, values)
+    return f"""\
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the bytes of {name} are those of little-endian floats");
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Woverlength-strings"
+{packed_table("static _Alignas(64) const", name, values)}
+#pragma GCC diagnostic pop"""
 
 
-def _packed_table(name: str, values: Array | IntArray) -> str:
-    """A constant array of floats, as the string of their bytes. Raises BuildInputError for numbers of no float32."""
+def packed_table(kind: str, name: str, values: Array | IntArray) -> str:
+    """A constant array of floats, as the string of their bytes. kind: what stands in front of its type.
+
+    Raises BuildInputError for numbers of no float32.
+    """
     number(float(np.abs(values).max()))
     content = np.frombuffer(values.astype("<f4").tobytes(), np.uint8)
     text = _ESCAPES[content].tobytes().decode()
     lines = "\n".join(f'"{text[start : start + _LINE]}"' for start in range(0, len(text), _LINE))
     shape = "".join(f"[{size}]" for size in values.shape)
     return f"""\
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the bytes of {name} are those of little-endian floats");
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Woverlength-strings"
-static _Alignas(64) const union {{ unsigned char bytes[{content.size + 1}]; float values{shape}; }} {name}_BYTES = {{
+{kind} union {{ unsigned char bytes[{content.size + 1}]; float values{shape}; }} {name}_BYTES = {{
 {lines}
 }};
-#pragma GCC diagnostic pop
 #define {name} {name}_BYTES.values"""

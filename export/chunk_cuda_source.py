@@ -6,41 +6,68 @@ of it and the kernels that `runtime/backends/cuda.py` launches behind it.
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 
 import numpy as np
 
 from rfsq.export.c_source import Array, IntArray, filled, number, table
-from rfsq.export.chunk_c_source import at_budgets, check_size, most_ranks, padded, sure_cost
+from rfsq.export.chunk_c_source import (
+    MOST_SPELLED,
+    at_budgets,
+    check_size,
+    most_ranks,
+    packed_table,
+    padded,
+    sure_cost,
+)
 from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
-from rfsq.runtime.bundle.manifest import CHUNKS_OF_BLOCK, TOKEN_TYPES, KernelKind, TokenType, kernel_name, token_types
+from rfsq.runtime.bundle.manifest import (
+    CHUNKS_OF_BLOCK,
+    CHUNKS_OF_WINDOW,
+    TOKEN_TYPES,
+    KernelKind,
+    TokenType,
+    kernel_name,
+    sorter_name,
+    token_types,
+)
 
-#: Numbers in the tables. NVRTC takes 9 seconds and 2 GB for so many.
-MOST_NUMBERS = 2**21
+#: Numbers in the tables, which have each basis twice. NVRTC takes 20 seconds and 7 GB for so many.
+MOST_NUMBERS = 12 * 2**20
 _WARP = 32
 #: What static shared memory has.
 _SHARED_BYTES = 48 * 1024
-#: Threads of a block: at most so many where a chunk has one, and so many where chunks share one.
-_MOST_FEW_THREADS, _MANY_THREADS = 512, 256
+#: Threads of a block: at most so many where a chunk has one; where chunks share one, of encoders and decoders; and
+#: where they are sorted.
+_MOST_FEW_THREADS, _MANY_THREADS, _DECODER_THREADS, _SORT_THREADS = 512, 256, 128, 1024
 #: Warps of a block that encodes one chunk: on one multiprocessor more would wait for each other.
 _MOST_FEW_WARPS = 16
-#: Chunks that a warp decodes side by side.
+#: Chunks whose tokens a decoder's thread reads together.
 _GROUP = 8
-#: Blocks of the many decoders that share a multiprocessor: registers for so many, and shared memory.
-_MANY_BLOCKS = 4
+#: Blocks of the decoder for many that share a multiprocessor: registers for so many.
+_DECODER_BLOCKS = 5
+#: Levels of so many bits are looked up; of more, they are computed.
+_LEVEL_BITS = 9
+#: Two chunks are decoded in one word.
+_MOST_PAIRED_RANKS = 15
 #: As in the template: a place of no bit, behind every token.
 _NO_PLACE = 2**16 - 1
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """How kernels are divided: warps of the encoders, 0 where chunks cannot share a block."""
+    """How kernels are divided: warps of the encoders, 0 where chunks cannot share a block.
+
+    holds_basis: whether a decoder for many has room for that of a class.
+    """
 
     few_threads: int
     few_warps: int
     many_warps: int
     has_many_decoders: bool
+    holds_basis: bool
 
 
 def cuda_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> str:
@@ -57,8 +84,11 @@ def cuda_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> str:
     source = filled(
         "rfsq_chunk_tokenizer.cu",
         SIZES="\n".join(_sizes(plan, blocks)),
-        TABLES="\n".join(table(_kind(values), name, values) for name, values in tables.items()),
+        TABLES="\n".join(_table(name, values) for name, values in tables.items()),
         ARITHMETIC=filled("arithmetic.cu").rstrip(),
+        DECODE_FEW=filled("rfsq_chunk_decode_few.cu").rstrip(),
+        DECODE_MANY=filled("rfsq_chunk_decode_many.cu").rstrip(),
+        ENCODE=filled("rfsq_chunk_encode.cu").rstrip(),
         KERNELS="\n".join(kernels).rstrip(),
     )
     return f"/* Generated, do not edit; fingerprint {fingerprint}. */\n{source}"
@@ -70,9 +100,11 @@ def _sizes(plan: ChunkPlan, blocks: _Blocks) -> list[str]:
         f"constexpr int T = {sizes.chunk_length}, A = {sizes.action_dim}, L = {sizes.num_tokens};",
         f"constexpr int CLASSES = {sizes.num_classes - 1}, M = {plan.num_latents}, BUDGETS = {len(plan.budget_bits)};",
         f"constexpr int TOKEN_BITS = {sizes.token_bits}, CLASS_BITS = {sizes.class_bits}, MOST_BITS = {MOST_BITS};",
-        f"constexpr int RANKS = {most_ranks(plan)}, GROUP = {_GROUP}, DECODED_CHUNKS = {CHUNKS_OF_BLOCK['decoder']};",
-        f"constexpr int FEW_THREADS = {blocks.few_threads};",
-        f"constexpr int MANY_THREADS = {_MANY_THREADS}, MANY_BLOCKS = {_MANY_BLOCKS};",
+        f"constexpr int RANKS = {most_ranks(plan)}, PLACE_WORDS = {_place_words(plan)}, LEVEL_BITS = {_LEVEL_BITS};",
+        f"constexpr int GROUP = {_GROUP}, TILE = {CHUNKS_OF_BLOCK['decoder']}, WINDOW = {CHUNKS_OF_WINDOW};",
+        f"constexpr int FEW_THREADS = {blocks.few_threads}, SORT_THREADS = {_SORT_THREADS};",
+        f"constexpr int MANY_THREADS = {_DECODER_THREADS}, MANY_BLOCKS = {_DECODER_BLOCKS};",
+        f"constexpr bool HOLDS_BASIS = {str(blocks.holds_basis).lower()};",
         f"constexpr float ACTION_LIMIT = {number(ACTION_LIMIT)}, SURE_COST = {number(sure_cost(plan))};",
         "/* The cost of a class that is not sent. */",
         f"constexpr float NEVER = {number(float(np.finfo(np.float32).max))};",
@@ -92,17 +124,24 @@ def _blocks(plan: ChunkPlan) -> _Blocks:
         desk, shared = 4 * (rows * chunks + 2 * latents + tokens), 4 * chunks * (rows + classes + 1)
         return max(min((_SHARED_BYTES - shared) // desk, most, classes), 0)
 
-    slots = CHUNKS_OF_BLOCK["decoder"] + (classes + 1) * (_GROUP - 1)
-    decoder = 4 * (classes + 2) + 2 * slots + _MANY_THREADS // _WARP * _GROUP * (4 * latents + 2 * tokens) + 16
     wanted = max(4 * values, latents)
     many_warps = warps(CHUNKS_OF_BLOCK["encoder"], _MANY_THREADS // _WARP)
+    # As `Tile` of the template.
+    tile = CHUNKS_OF_BLOCK["decoder"]
+    decoder = 4 * (2 ** (_LEVEL_BITS + 1) + tile * (latents + 2) + 2 * latents + 5) + 2 * tokens * (tile + 8) + 32
     return _Blocks(
         few_threads=min(-(-wanted // _WARP) * _WARP, _MOST_FEW_THREADS),
         few_warps=warps(1, _MOST_FEW_WARPS),
         # Fewer would keep a multiprocessor idle.
         many_warps=many_warps if many_warps >= min(4, classes) else 0,
-        has_many_decoders=decoder <= _SHARED_BYTES,
+        has_many_decoders=decoder <= _SHARED_BYTES and most_ranks(plan) <= _MOST_PAIRED_RANKS,
+        holds_basis=decoder + 4 * latents * rows <= _SHARED_BYTES,
     )
+
+
+def _place_words(plan: ChunkPlan) -> int:
+    """Words of 32 bits of the places of a latent: so many that they are loaded four at a time."""
+    return -(-most_ranks(plan) // 8) * 4
 
 
 def _padded_latents(plan: ChunkPlan) -> int:
@@ -115,14 +154,14 @@ def _tables(plan: ChunkPlan) -> dict[str, Array | IntArray]:
     used = most_ranks(plan) + 1
     basis = padded(plan.basis, -1, 4)
     return {
-        "OFFSETS": np.tile(plan.offset, length),
-        "UNITS": np.tile(plan.units, length),
+        "OFFSETS": padded(np.tile(plan.offset, length), -1, 4),
+        "UNITS": padded(np.tile(plan.units, length), -1, 4),
         "INVERSE_UNITS": np.tile(plan.inverse_units, length),
         "WEIGHTS": plan.weights,
         "BOUNDS": np.asarray(plan.bounds),
         "MEAN": padded(plan.mean, -1, 4),
         "ENCODER_BASIS": padded(basis, 1, 4),
-        "DECODER_BASIS": np.ascontiguousarray(basis.swapaxes(1, 2)),
+        "DECODER_BASIS": np.ascontiguousarray(padded(basis, 1, 4).swapaxes(1, 2)),
         "INVERSE_WIDTH": padded(plan.inverse_width, -1, 4),
         "WIDTH": padded(plan.width[..., :used].swapaxes(1, 2), -1, 4),
         # What pads the latents has one level.
@@ -133,29 +172,33 @@ def _tables(plan: ChunkPlan) -> dict[str, Array | IntArray]:
 
 
 def _places(plan: ChunkPlan) -> IntArray:
-    """[C - 1, most ranks, M]: where the bits of a latent stand, first to last.
+    """[C - 1, M, most ranks]: where the bits of a latent stand, first to last.
 
-    32 times the token plus how far left the bit has to be shifted to be the highest of 32.
+    32 times the token plus how far left the token has to be rotated for the bit to stand where it counts, the first at
+    the top of 32.
     """
     sizes = plan.sizes
-    found = np.full((len(plan.order), most_ranks(plan), _padded_latents(plan)), _NO_PLACE, np.int64)
+    found = np.full((len(plan.order), _padded_latents(plan), 2 * _place_words(plan)), _NO_PLACE, np.int64)
     for own, order in zip(found, plan.order, strict=True):
         ranks = np.zeros(plan.num_latents, np.int64)
         for place, latent in enumerate(order, sizes.class_bits):
             token, bit = divmod(place, sizes.token_bits)
-            own[ranks[latent], latent] = 32 * token + 32 - sizes.token_bits + bit
+            rank = ranks[latent]
+            own[latent, rank] = 32 * token + (32 - sizes.token_bits + bit - rank) % 32
             ranks[latent] += 1
     return found
 
 
-def _kind(values: Array | IntArray) -> str:
-    c_type = "uint16" if np.issubdtype(values.dtype, np.integer) else "float"
-    return f"alignas(16) __device__ const {c_type}"
+def _table(name: str, values: Array | IntArray) -> str:
+    kind = "alignas(16) __device__ const"
+    if np.issubdtype(values.dtype, np.integer):
+        return table(f"{kind} uint16", name, values)
+    return table(f"{kind} float", name, values) if values.size <= MOST_SPELLED else packed_table(kind, name, values)
 
 
 def _kernels(plan: ChunkPlan, token: TokenType, blocks: _Blocks) -> list[str]:
     """One for few chunks and, where the sizes suit it, one for many."""
-    c_type = TOKEN_TYPES[token]
+    c_type, length = TOKEN_TYPES[token], plan.sizes.num_tokens
     encoded = f"const float *actions, {c_type} *tokens, Chunks chunks"
     decoded = f"const {c_type} *tokens, float *actions, Chunks chunks, Chunks num_tokens"
 
@@ -163,19 +206,19 @@ def _kernels(plan: ChunkPlan, token: TokenType, blocks: _Blocks) -> list[str]:
         name = kernel_name(None, token, "few" if chunks == 1 else "many")
         return _kernel(name, str(_WARP * warps), encoded, f"encode<{chunks}, {warps}>(actions, tokens, chunks)")
 
-    def decoder(kind: KernelKind, threads: str, call: str) -> str:
-        return _kernel(kernel_name(plan.sizes.num_tokens, token, kind), threads, decoded, call)
-
+    few, many = (kernel_name(length, token, kind) for kind in typing.get_args(KernelKind))
     kernels = [
         encoder(1, blocks.few_warps),
-        decoder("few", "FEW_THREADS", "decode_few(tokens, actions, (int)num_tokens)"),
+        _kernel(few, "FEW_THREADS", decoded, "decode_few(tokens, actions, (int)num_tokens)"),
     ]
     if blocks.many_warps:
         kernels.append(encoder(CHUNKS_OF_BLOCK["encoder"], blocks.many_warps))
     if blocks.has_many_decoders:
-        kernels.append(
-            decoder("many", "MANY_THREADS, MANY_BLOCKS", "decode_many(tokens, actions, chunks, (int)num_tokens)")
-        )
+        # All decoders have the same arguments, as far as they take them.
+        sorting = "sort_by_class(tokens, windows, chunks, (int)num_tokens)"
+        kernels.append(_kernel(sorter_name(length, token), "SORT_THREADS", f"{decoded}, Window *windows", sorting))
+        call = "decode_many(tokens, actions, chunks, (int)num_tokens, windows)"
+        kernels.append(_kernel(many, "MANY_THREADS, MANY_BLOCKS", f"{decoded}, Window *windows", call))
     return kernels
 
 

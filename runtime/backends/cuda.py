@@ -9,24 +9,28 @@ from dataclasses import replace
 from ..bundle.folder import Bundle
 from ..bundle.manifest import (
     CHUNKS_OF_BLOCK,
+    CHUNKS_OF_WINDOW,
     GraphEntry,
     TensorEntry,
     TokenType,
+    bytes_of_window,
     kernel_name,
+    sorter_name,
+    tiles_of_window,
     token_types,
 )
-from ..bundle.models import ModelEntry
+from ..bundle.models import ChunkModel, ModelEntry
 from .contract import Backend, EngineInUse, engine_for
 from .gpu.backend import GpuBackend
-from .gpu.driver import open_device
-from .gpu.kernels import KernelArguments, KernelLibrary
+from .gpu.driver import DeviceMemory, open_device
+from .gpu.kernels import Kernel, KernelArguments, KernelLibrary
 
 #: A grid has so many blocks at most, and a step or a chunk may have one of its own.
 _MOST_BLOCKS = 2**31 - 1
 #: Up to so many steps a block for each is faster than a thread for each.
 FEW_STEPS = 8192
 #: Up to so many chunks of chunk tokens a block for each is faster than one for several.
-FEW_CHUNKS = {"encoder": 512, "decoder": 2**16}
+FEW_CHUNKS = {"encoder": 512, "decoder": 10_000}
 
 
 class CudaBackend(GpuBackend):
@@ -105,10 +109,22 @@ class CudaFunction:
         # A thread has a step of its own.
         self._of_block = 0 if is_of_steps else CHUNKS_OF_BLOCK[graph.role]
         self.per_chunk = model.chunk_length if is_of_steps else 1
-        self.graph, self.token_type, self.has_many = graph, token_type, self._many is not None
+        self.graph, self.token_type = graph, token_type
         #: Decoders of chunk tokens are told how many of them a chunk has.
         self.takes_length = prefix is not None and not is_of_steps
-        self.num_arguments = len(graph.inputs) + len(graph.outputs) + 1 + self.takes_length
+        # Before they decode many, they sort them.
+        self._sorter: Kernel | None = None
+        self._tiles = self._window_bytes = 0
+        if self._many is not None and prefix is not None and isinstance(model, ChunkModel):
+            self._sorter = library.find(sorter_name(prefix, token_type))
+            if self._sorter is not None:
+                self._tiles, self._window_bytes = tiles_of_window(model.num_classes), bytes_of_window(model.num_classes)
+            else:
+                # An engine of another version, which sorts otherwise.
+                self._many = None
+        self.has_many = self._many is not None
+        #: Arrays, how many steps or chunks, of how many tokens, and a workspace.
+        self.num_arguments = len(graph.inputs) + len(graph.outputs) + 1 + self.takes_length + 1
         self.max_batch = _MOST_BLOCKS // self.per_chunk
 
     def with_few(self, few: int) -> CudaFunction:
@@ -123,27 +139,49 @@ class CudaFunction:
     def close(self) -> None:
         """The library is closed by the backend."""
 
+    def workspace_bytes(self, count: int) -> int:
+        """Of the GPU's memory that a launch for so many needs; its address is the last argument."""
+        return _windows_of(count) * self._window_bytes if count > self.few else 0
+
     def launch(self, count: int, arguments: KernelArguments, stream: int) -> None:
         if self._many is None or count <= self.few:
             self._few.launch(count, arguments, stream)
-        else:
+        elif self._sorter is None:
             self._many.launch(-(-count // (self._of_block or self._many.threads)), arguments, stream)
+        else:
+            windows = _windows_of(count)
+            self._sorter.launch(windows, arguments, stream)
+            # Blocks take one tile after the other.
+            self._many.launch(min(windows * self._tiles, self._many.resident_blocks), arguments, stream)
+
+
+def _windows_of(count: int) -> int:
+    return -(-count // CHUNKS_OF_WINDOW)
 
 
 class _CudaProgram:
-    """Needs no memory of its own."""
+    """Has memory of its own where chunks are sorted, for as many as it was bound to."""
 
     def __init__(self, function: CudaFunction) -> None:
         self._function, self._count = function, 0
         self._arguments = KernelArguments(function.num_arguments)
+        self._workspace: DeviceMemory | None = None
 
     def bind(self, shape: tuple[int, ...], addresses: Sequence[int]) -> None:
         function = self._function
         self._count = shape[0] * function.per_chunk
-        self._arguments.set((*addresses, self._count, *(shape[-1:] if function.takes_length else ())))
+        needed = function.workspace_bytes(self._count)
+        if needed > (self._workspace.num_bytes if self._workspace else 0):
+            self.close()
+            self._workspace = DeviceMemory(needed)
+        numbers = (self._count, *(shape[-1:] if function.takes_length else ()))
+        self._arguments.set((*addresses, *numbers, self._workspace.address if self._workspace else 0))
 
     def enqueue(self, stream: int) -> None:
         self._function.launch(self._count, self._arguments, stream)
 
     def close(self) -> None:
-        """Holds nothing."""
+        if self._workspace:
+            # Waits for what is under way in it.
+            self._workspace.close()
+            self._workspace = None

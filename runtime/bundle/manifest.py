@@ -35,8 +35,10 @@ TOKEN_TYPES: dict[TokenType, str] = {"int32": "int", "uint8": "uint8", "uint16":
 _MARKS: dict[TokenType, int] = {"uint8": 2**8 - 1, "uint16": 2**16 - 1}
 #: Kernels for the few steps or chunks of a control loop, and for the many of data, where the sizes allow them.
 KernelKind = Literal["few", "many"]
-#: Chunks of each block of the kernels for many, of chunk tokens.
-CHUNKS_OF_BLOCK: dict[Literal["encoder", "decoder"], int] = {"encoder": 8, "decoder": 1024}
+#: Chunks that a block of the kernels for many takes at a time, of chunk tokens; a decoder's are of one class.
+CHUNKS_OF_BLOCK: dict[Literal["encoder", "decoder"], int] = {"encoder": 8, "decoder": 64}
+#: Chunks that are sorted by class together, before they are decoded.
+CHUNKS_OF_WINDOW = 16384
 
 GraphForm = Literal["gemm", "gemm_marked", "reduce"]
 GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
@@ -207,6 +209,24 @@ def kernel_name(prefix: int | None, token_type: str, kind: KernelKind) -> str:
     """What the generator of a CUDA kernel and the backend that launches it call it. prefix: None for the encoder."""
     role = "encode" if prefix is None else f"decode_l{prefix}"
     return f"{role}_{token_type}_{kind}"
+
+
+def sorter_name(prefix: int, token_type: str) -> str:
+    """What they call the kernel that sorts chunks by class for a decoder of many.
+
+    Its sizes are in the name: no engine that was made for others gets a workspace of these.
+    """
+    return f"{kernel_name(prefix, token_type, 'many')}_sort_{CHUNKS_OF_WINDOW}_{CHUNKS_OF_BLOCK['decoder']}"
+
+
+def tiles_of_window(num_classes: int) -> int:
+    """At most: the last one of a class may not be full."""
+    return CHUNKS_OF_WINDOW // CHUNKS_OF_BLOCK["decoder"] + num_classes
+
+
+def bytes_of_window(num_classes: int) -> int:
+    """Of `Window`, of the generated CUDA: a count, a word for each tile and 16 bits for each chunk."""
+    return 4 + 4 * tiles_of_window(num_classes) + 2 * CHUNKS_OF_WINDOW
 
 
 def manifest_text(manifest: Manifest) -> str:

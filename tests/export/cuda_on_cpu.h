@@ -97,7 +97,7 @@ struct Thread {
     bool is_started, is_done;
 };
 
-struct { unsigned x; } threadIdx, blockIdx;
+struct { unsigned x; } threadIdx, blockIdx, gridDim;
 
 static constexpr unsigned WARP_SIZE = 32, MOST_THREADS = 1024, STACK_BYTES = 256 * 1024;
 static jmp_buf scheduler;
@@ -181,8 +181,11 @@ static void run_thread()
         void *const *a = arguments;
         if (num_arrays == 2 && num_numbers == 1)
             ((void (*)(void *, void *, long long))kernel)(a[0], a[1], (long long)a[2]);
-        else if (num_arrays == 2)
+        else if (num_arrays == 2 && num_numbers == 2)
             ((void (*)(void *, void *, long long, long long))kernel)(a[0], a[1], (long long)a[2], (long long)a[3]);
+        else if (num_arrays == 2)
+            ((void (*)(void *, void *, long long, long long, void *))kernel)(a[0], a[1], (long long)a[2],
+                                                                             (long long)a[3], a[4]);
         else
             ((void (*)(void *, void *, void *, long long))kernel)(a[0], a[1], a[2], (long long)a[3]);
         own.is_done = true;
@@ -230,6 +233,7 @@ extern "C" bool run_kernel(void *function, unsigned blocks, unsigned size, bool 
         return false;
     kernel = function, arguments = values, num_arrays = arrays, num_numbers = numbers;
     start_threads(size);
+    gridDim.x = blocks;
     for (unsigned i = 0; i < blocks; ++i) {
         blockIdx.x = is_backwards ? blocks - 1 - i : i;
         if (!run_block(size, is_backwards))

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from rfsq.export.chunk_tokens import ChunkTokens
-from rfsq.runtime.bundle.manifest import CHUNKS_OF_BLOCK, KernelKind, kernel_name
+from rfsq.runtime.bundle.manifest import (
+    CHUNKS_OF_BLOCK,
+    CHUNKS_OF_WINDOW,
+    KernelKind,
+    bytes_of_window,
+    kernel_name,
+    sorter_name,
+)
 from tests.bundles import Deployed, generate_cuda
 from tests.export.c_library import run
 from tests.runtime.backends.gpu.fake_gpu import aligned
@@ -29,6 +37,9 @@ INSTRUCTIONS = {
     'asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(tokens), "r"(weights));': (
         "sum = ptx_dp4a(tokens, weights, sum);"
     ),
+}
+CHUNK_INSTRUCTIONS = {
+    'asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));': "inverse = ptx_rcp(b);",
 }
 #: Stands behind every output, and has to stand there afterwards.
 GUARD, GUARD_BYTES = 77, 256
@@ -122,11 +133,15 @@ class CudaOnCpu:
 
 
 class ChunkCudaOnCpu:
-    """The same of chunk tokens."""
+    """The same of chunk tokens. replaced: what else stands for something in the source."""
 
-    def __init__(self, folder: Path, deployed: ChunkTokens) -> None:
+    def __init__(self, folder: Path, deployed: ChunkTokens, replaced: Mapping[str, str] | None = None) -> None:
         self._model, self.source = deployed.model, deployed.cuda_source()
-        self._kernels = Kernels(folder, self.source)
+        source = self.source
+        for found, replacement in {**CHUNK_INSTRUCTIONS, **(replaced or {})}.items():
+            assert source.count(found) == 1, found
+            source = source.replace(found, replacement)
+        self._kernels = Kernels(folder, source)
 
     def has(self, role: str, token_type: str, kind: KernelKind) -> bool:
         return f" {self._name(role, token_type, kind)}(" in self.source
@@ -138,10 +153,40 @@ class ChunkCudaOnCpu:
         shape = self._model.tokens_shape(len(actions))
         return self._run("encoder", kind, actions, (shape, token_type), (), is_backwards)
 
-    def decode(self, tokens: np.ndarray, kind: KernelKind, *, is_backwards: bool = False) -> np.ndarray:
-        """tokens [B, l] -> actions [B, T, A]."""
+    def decode(
+        self,
+        tokens: np.ndarray,
+        kind: KernelKind,
+        *,
+        is_backwards: bool = False,
+        sorted_by: np.ndarray | None = None,
+        blocks: int = 7,
+    ) -> np.ndarray:
+        """tokens [B, l] -> actions [B, T, A].
+
+        sorted_by: what the tokens of many chunks were when they were sorted; blocks: so many decode these. Where there
+        are fewer than tiles, each takes several.
+        """
+        numbers: tuple[int, ...] = tokens.shape[1:]
+        if kind == "many":
+            memory = self._sort(tokens if sorted_by is None else sorted_by, is_backwards=is_backwards)
+            numbers = (*numbers, memory.ctypes.data)
         shape = self._model.actions_shape(len(tokens))
-        return self._run("decoder", kind, tokens, (shape, "float32"), tokens.shape[1:], is_backwards)
+        return self._run("decoder", kind, tokens, (shape, "float32"), numbers, is_backwards, blocks)
+
+    def _sort(self, tokens: np.ndarray, *, is_backwards: bool) -> np.ndarray:
+        """The workspace of the decoder."""
+        count, length = tokens.shape
+        windows = -(-count // CHUNKS_OF_WINDOW)
+        memory = aligned((windows * bytes_of_window(self._model.num_classes) + GUARD_BYTES,), np.uint8)
+        memory.fill(GUARD)
+        name = sorter_name(self._model.depth, tokens.dtype.name)
+        numbers = (count, length, memory.ctypes.data)
+        # Of actions it writes none.
+        grid, actions = (windows, self._threads(name)), ((0,), "float32")
+        self._kernels.run(name, grid, [tokens], [actions], numbers, is_backwards=is_backwards)
+        assert (memory[-GUARD_BYTES:] == GUARD).all(), "written beyond the end"
+        return memory
 
     def _name(self, role: str, token_type: str, kind: KernelKind) -> str:
         return kernel_name(self._model.depth if role == "decoder" else None, token_type, kind)
@@ -154,16 +199,21 @@ class ChunkCudaOnCpu:
         output: tuple[tuple[int, ...], str],
         numbers: tuple[int, ...],
         is_backwards: bool,
+        many_decoders: int = 0,
     ) -> np.ndarray:
         name = self._name(role, output[1] if role == "encoder" else given.dtype.name, kind)
-        # As the runtime launches them: with as many threads as they are compiled for.
+        blocks = len(given)
+        if kind == "many":
+            blocks = many_decoders if role == "decoder" else -(-blocks // CHUNKS_OF_BLOCK["encoder"])
+        grid = (blocks, self._threads(name))
+        [found] = self._kernels.run(name, grid, [given], [output], (len(given), *numbers), is_backwards=is_backwards)
+        return found
+
+    def _threads(self, name: str) -> int:
+        """As the runtime launches a kernel: with as many as it is compiled for."""
         bound = re.search(rf"__launch_bounds__\((\w+)[^)]*\) {name}\(", self.source)
         assert bound is not None, name
-        threads = int(bound[1]) if bound[1].isdigit() else constant(self.source, bound[1])
-        blocks = -(-len(given) // (CHUNKS_OF_BLOCK[role] if kind == "many" else 1))
-        grid, count = (blocks, threads), len(given)
-        [found] = self._kernels.run(name, grid, [given], [output], (count, *numbers), is_backwards=is_backwards)
-        return found
+        return int(bound[1]) if bound[1].isdigit() else constant(self.source, bound[1])
 
 
 def constant(source: str, name: str) -> int:

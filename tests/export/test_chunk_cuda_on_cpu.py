@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from rfsq.export import chunk_cuda_source
 from rfsq.export.chunk_reference import ChunkReference
 from rfsq.export.chunk_tokens import ChunkTokens
 from rfsq.export.sources import BuildData
@@ -19,7 +20,7 @@ from rfsq.rfsq_ref.chunk_code import ChunkConstants, ChunkSizes
 from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.runtime.bundle.comparison import action_errors
 from rfsq.runtime.bundle.gates import GATES
-from rfsq.runtime.bundle.manifest import KernelKind, token_types
+from rfsq.runtime.bundle.manifest import CHUNKS_OF_BLOCK, CHUNKS_OF_WINDOW, KernelKind, token_types
 from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 from tests.export.chunk_c_library import random_actions, random_tokens
 from tests.export.chunk_models import fitted_tokenizer, held_out_actions
@@ -31,6 +32,8 @@ pytestmark = [
 ]
 
 KINDS: tuple[KernelKind, ...] = ("few", "many")
+TILE, WINDOW = CHUNKS_OF_BLOCK["decoder"], CHUNKS_OF_WINDOW
+WINDOW_ENDS = (WINDOW - 1, WINDOW, WINDOW + 1)
 #: One of everything, sizes that no group divides, a first token that is the class alone, more values than a block has
 #: threads, tokens that no word of 16 bits holds beside the mark, chunks that have no room beside others, and latents
 #: that hold less than all.
@@ -38,7 +41,7 @@ RECIPES = {
     "small": ChunkRecipe(),
     "least": ChunkRecipe(sizes=ChunkSizes(1, 1, num_classes=2, token_bits=4, num_tokens=1), has_normaliser=False),
     "whole words": ChunkRecipe(sizes=ChunkSizes(2, 5, num_classes=3, token_bits=16, num_tokens=4), seed=2),
-    "most classes": ChunkRecipe(sizes=ChunkSizes(3, 1, num_classes=256, token_bits=9, num_tokens=4), seed=3),
+    "most classes": ChunkRecipe(sizes=ChunkSizes(6, 1, num_classes=256, token_bits=9, num_tokens=4), seed=3),
     "many values": ChunkRecipe(sizes=ChunkSizes(40, 8, num_classes=9, token_bits=12, num_tokens=20), seed=4),
     "class alone": ChunkRecipe(sizes=ChunkSizes(3, 4, num_classes=16, token_bits=4, num_tokens=12), seed=6),
     "most tokens": ChunkRecipe(sizes=ChunkSizes(3, 5, num_classes=4, token_bits=8, num_tokens=33), seed=5),
@@ -155,7 +158,7 @@ def test_an_action_that_no_encoder_takes_makes_its_chunk_the_mark_and_no_other(
         assert np.array_equal(here.kernels.encode(actions, token_type, kind), tokens)
 
 
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 1023, 1024, 1025, 1500])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, TILE - 1, TILE, TILE + 1, 1500, *WINDOW_ENDS])
 def test_batches_of_every_size_end_where_they_end(case: Callable[[str], Case], count: int) -> None:
     here = case("small")
     tokens = random_tokens(here.deployed.checkpoint.sizes, count, 9, seed=count)
@@ -165,12 +168,74 @@ def test_batches_of_every_size_end_where_they_end(case: Callable[[str], Case], c
     assert np.array_equal(here.kernels.encode(decoded[:20], "int32", "many"), few)
 
 
+@pytest.mark.parametrize("token_type", ["int32", "uint16"])
+def test_chunks_are_marked_on_both_sides_of_the_end_of_a_window_and_no_other(
+    case: Callable[[str], Case], token_type: str
+) -> None:
+    here = case("small")
+    tokens = random_tokens(here.deployed.checkpoint.sizes, WINDOW + 2, 2, seed=0).astype(token_type)
+    expected = here.kernels.decode(tokens, "many")
+    illegal = [0, WINDOW - 1, WINDOW, WINDOW + 1]
+    tokens[illegal, [0, 1, 0, 1]] = here.deployed.model.vocabulary
+    expected[illegal] = np.nan
+    assert np.array_equal(here.kernels.decode(tokens, "many"), expected, equal_nan=True)
+
+
 def test_chunks_of_one_class_and_of_all_are_sorted_alike(case: Callable[[str], Case]) -> None:
     here = case("most classes")
-    tokens = random_tokens(here.deployed.checkpoint.sizes, 1024, 4, seed=0)
-    for first in (tokens[:, 0], np.full(1024, tokens[1, 0]), np.arange(1024) % 512, np.full(1024, 511)):
+    count, escape = 1024, 511
+    tokens = random_tokens(here.deployed.checkpoint.sizes, count, 4, seed=0)
+    for first in (tokens[:, 0], np.full(count, tokens[1, 0]), np.arange(count) % 512, np.full(count, escape)):
         tokens[:, 0] = first
-        assert np.array_equal(here.kernels.decode(tokens, "many"), here.kernels.decode(tokens, "few"))
+        expected = here.kernels.decode(tokens, "few")
+        for blocks in (1, 7, 300):
+            assert np.array_equal(here.kernels.decode(tokens, "many", blocks=blocks), expected)
+
+
+def test_tokens_that_change_after_they_were_sorted_change_their_own_chunks_alone(case: Callable[[str], Case]) -> None:
+    here = case("small")
+    before = random_tokens(here.deployed.checkpoint.sizes, 500, 9, seed=1)
+    tokens = before.copy()
+    changed = np.arange(0, 500, 3)
+    tokens[changed] = np.random.default_rng(2).integers(-(2**31), 2**31, (len(changed), 9))
+    found = here.kernels.decode(tokens, "many", sorted_by=before)
+    kept = np.setdiff1d(np.arange(500), changed)
+    assert np.array_equal(found[kept], here.kernels.decode(before, "few")[kept])
+    # These are no tokens any more.
+    assert np.isnan(found[changed]).all()
+
+
+def test_threads_that_read_different_classes_go_the_same_way(
+    case: Callable[[str], Case], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    here = case("small")
+    read = "class_of((uint16)own[0])"
+    racing = ChunkCudaOnCpu(
+        tmp_path_factory.mktemp("cuda"), here.deployed, {read: f"({read} + threadIdx.x) % (ESCAPE + 1)"}
+    )
+    tokens = here.tokens(9)
+    found = racing.decode(tokens, "few")
+    assert np.isfinite(found).all()
+    # Escape does not look at what was loaded of a class.
+    expected = here.kernels.decode(tokens, "few")
+    code = here.deployed.reference.model.code
+    escaped = (code.classes(code.bits(torch.from_numpy(tokens))) == code.sizes.escape).numpy()
+    assert 0 < escaped.sum() < len(tokens)
+    assert np.array_equal(found[escaped], expected[escaped])
+
+
+def test_large_tables_are_strings_of_the_same_numbers(
+    case: Callable[[str], Case], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = case("small")
+    monkeypatch.setattr(chunk_cuda_source, "MOST_SPELLED", 64)
+    packed = ChunkCudaOnCpu(tmp_path_factory.mktemp("cuda"), here.deployed)
+    assert "DECODER_BASIS_BYTES" in packed.source
+    assert "DECODER_BASIS_BYTES" not in here.kernels.source
+    tokens = packed.encode(here.actions, "int32", "many")
+    assert np.array_equal(tokens, here.kernels.encode(here.actions, "int32", "many"))
+    for kind in KINDS:
+        assert np.array_equal(packed.decode(tokens, kind), here.kernels.decode(tokens, kind))
 
 
 def test_what_is_far_from_every_class_is_escaped_within_its_bound(case: Callable[[str], Case]) -> None:

@@ -19,6 +19,7 @@ from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.rfsq_ref.settings import TokenKind
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.contract import judged
+from rfsq.runtime.backends.cuda import FEW_CHUNKS
 from rfsq.runtime.backends.gpu.driver import open_device, synchronize_device
 from rfsq.runtime.backends.registry import create_backend
 from rfsq.runtime.backends.replay import replay
@@ -37,7 +38,7 @@ ENCODED_ERROR = 1e-6
 #: Chunks whose tokens are judged.
 MILLION = int(os.environ.get("RFSQ_PARITY_CHUNKS", "1000000"))
 #: A block for each, a last one that is not full, and kernels for many chunks of either way.
-BATCHES = (1, 2, 7, 300, 520, 33_000)
+BATCHES = (1, 2, 7, 300, 520, FEW_CHUNKS["decoder"], FEW_CHUNKS["decoder"] + 1, 33_000)
 
 
 @pytest.fixture(scope="module")

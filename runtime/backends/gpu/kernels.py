@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from cuda.bindings import driver, nvrtc
 
 from ...bundle.advice import install
 from ...bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
-from .driver import DEVICE, call, fail, is_usable
+from .driver import DEVICE, call, fail, is_usable, open_device
 
 #: SHT_NOBITS of ELF: a section that takes no room in the file.
 _WITHOUT_CONTENT = 8
@@ -111,6 +112,12 @@ class Kernel:
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
         self.threads = int(call(driver.cuKernelGetAttribute, most, kernel, DEVICE))
 
+    @cached_property
+    def resident_blocks(self) -> int:
+        """How many blocks the GPU runs at once."""
+        occupancy = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
+        return int(call(occupancy, self._kernel, self.threads, 0)) * open_device().multiprocessors
+
     def launch(self, blocks: int, arguments: KernelArguments, stream: int) -> None:
         """Raises InferenceError."""
         error = driver.cuLaunchKernel(
@@ -121,7 +128,10 @@ class Kernel:
 
 
 class KernelArguments:
-    """Addresses and one number of 64 bits, as a launch takes them; may be set again before each."""
+    """Addresses and numbers of 64 bits, as a launch takes them; may be set again before each.
+
+    A kernel takes as many of them as it has parameters.
+    """
 
     def __init__(self, count: int) -> None:
         self._values = (ctypes.c_uint64 * count)()

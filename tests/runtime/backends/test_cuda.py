@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
-from rfsq.runtime.bundle.manifest import token_types
+from rfsq.runtime.bundle.manifest import CHUNKS_OF_WINDOW, bytes_of_window, sorter_name, tiles_of_window, token_types
 from tests.bundles import Recipe, deploy, make_manifest
 from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
 
 from rfsq.runtime.backends import cuda as cuda_backend
-from rfsq.runtime.backends.cuda import FEW_STEPS, CudaFunction, variants_of, with_tokens
+from rfsq.runtime.backends.cuda import FEW_CHUNKS, FEW_STEPS, CudaFunction, variants_of, with_tokens
 from rfsq.runtime.backends.gpu.kernels import KernelArguments
 from rfsq.runtime.bundle.errors import BackendUnavailableError
 
-THREADS = 256
+THREADS, RESIDENT = 256, 660
+
+
+class FakeMemory:
+    """Of the GPU. address: another for each."""
+
+    addresses = itertools.count(256, 256)
+    live: ClassVar[list[FakeMemory]] = []
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes, self.address = num_bytes, next(self.addresses)
+        self.live.append(self)
+
+    def close(self) -> None:
+        self.live.remove(self)
+
+
+@pytest.fixture(autouse=True)
+def live(monkeypatch: pytest.MonkeyPatch) -> list[FakeMemory]:
+    monkeypatch.setattr(cuda_backend, "DeviceMemory", FakeMemory)
+    monkeypatch.setattr(FakeMemory, "live", [])
+    return FakeMemory.live
 
 
 @dataclass
@@ -26,6 +48,7 @@ class FakeKernel:
     name: str
     launches: list[tuple[str, int]]
     threads: int = THREADS
+    resident_blocks: int = RESIDENT
 
     def launch(self, blocks: int, _arguments: KernelArguments, _stream: int) -> None:
         self.launches.append((self.name, blocks))
@@ -89,8 +112,8 @@ def test_chunks_of_chunk_tokens_take_blocks_and_many_of_them_share_some() -> Non
     encoder, decoder = chunk_functions_of(library)[:2]
     assert launched(encoder, 512, library) == ("encode_int32_few", 512)
     assert launched(encoder, 513, library) == ("encode_int32_many", 65)
-    assert launched(decoder, 2**16, library) == ("decode_l9_int32_few", 2**16)
-    assert launched(decoder, 2**16 + 1, library) == ("decode_l9_int32_many", 65)
+    few = FEW_CHUNKS["decoder"]
+    assert launched(decoder, few, library) == ("decode_l9_int32_few", few)
     assert list(variants_of(chunk_functions_of(library))) == [
         "many steps",
         "uint16 tokens",
@@ -98,10 +121,40 @@ def test_chunks_of_chunk_tokens_take_blocks_and_many_of_them_share_some() -> Non
     ]
 
 
+def test_many_chunks_are_sorted_before_they_are_decoded(live: list[FakeMemory]) -> None:
+    library = FakeLibrary()
+    classes = deployed_chunk_tokens(ChunkRecipe()).model.num_classes
+    program = chunk_functions_of(library)[1].with_few(0).new_program()
+    for windows, blocks in ((5, RESIDENT), (9, RESIDENT), (1, tiles_of_window(classes))):
+        library.launches.clear()
+        program.bind((CHUNKS_OF_WINDOW * windows - 1, 9), [16, 32])
+        program.enqueue(1)
+        assert library.launches == [(sorter_name(9, "int32"), windows), ("decode_l9_int32_many", blocks)]
+    # What it has grown to once serves fewer, too.
+    assert [memory.num_bytes for memory in live] == [9 * bytes_of_window(classes)]
+    program.close()
+    assert live == []
+
+
+def test_an_engine_that_sorts_otherwise_decodes_one_by_one(live: list[FakeMemory]) -> None:
+    library = FakeLibrary(missing=(sorter_name(9, "int32"),))
+    function = chunk_functions_of(library)[1]
+    assert not function.has_many
+    assert launched(function, 10**6, library) == ("decode_l9_int32_few", 10**6)
+    assert live == []
+
+
+def test_few_chunks_need_no_memory(live: list[FakeMemory]) -> None:
+    library = FakeLibrary()
+    for function in (*chunk_functions_of(library), *functions_of(library)):
+        launched(function, function.per_chunk, library)
+    assert live == []
+
+
 def test_a_decoder_of_chunk_tokens_is_told_how_many_there_are() -> None:
     """One kernel decodes any number; an encoder gives all."""
     encoder, decoder = chunk_functions_of(FakeLibrary())[:2]
-    for function, shape, expected in ((encoder, (5, 4, 3), [16, 32, 5]), (decoder, (5, 4), [16, 32, 5, 4])):
+    for function, shape, expected in ((encoder, (5, 4, 3), [16, 32, 5, 0]), (decoder, (5, 4), [16, 32, 5, 4, 0])):
         arguments = KernelArguments(function.num_arguments)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda_backend, "KernelArguments", lambda _count, made=arguments: made)
