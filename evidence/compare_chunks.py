@@ -26,7 +26,8 @@ from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_actions
 from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, path_argument, run
 from rfsq.runtime.bundle.paths import refuse_existing
 
-_DEFAULT = Path("docs/results") / CHUNKS_JSON
+#: Where the documents find it. What is measured on other data stays apart.
+_RESULTS, _OWN = Path("docs/results") / CHUNKS_JSON, Path("build") / CHUNKS_JSON
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def _parser() -> CommandParser:
         wanting="chunk tokens are not better where they should be",
     )
     parser.add_data()
-    parser.add_output("the result", _DEFAULT)
+    parser.add_output(f"the result; default: {_RESULTS}, with --data {_OWN}")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S", help="default: 0 1 2")
     parser.add_argument(
         "--judged", choices=PARTS, default=PARTS[0],
@@ -66,7 +67,8 @@ def _parser() -> CommandParser:
 
 
 def _work(options: argparse.Namespace) -> Outcome:
-    refuse_existing([options.output], overwrite=options.overwrite)
+    output = options.output or (_RESULTS if options.data is None else _OWN)
+    refuse_existing([output], overwrite=options.overwrite)
     trial = Trial(
         load_actions(options.data or DEMONSTRATIONS, key=options.key, filter_key=options.filter_key),
         options.judged,
@@ -80,9 +82,9 @@ def _work(options: argparse.Namespace) -> Outcome:
         **{name: getattr(options, name) for name in ("chunk_length", "unseen", "workers")},
     )
     found = compare_chunks(trial, config, trained)
-    found.write(options.output)
+    found.write(output)
     print(as_text(filter(None, parts(found).values())), flush=True)
     claims = findings(found)
     failed = [claim.claim for claim in claims if not claim.holds]
     verdict = f"{'✗' if failed else '✓'} {len(claims) - len(failed)} of {len(claims)} claims hold"
-    return Outcome(f"{verdict}; wrote {options.output}", asdict(found), WANTING if failed else DONE)
+    return Outcome(f"{verdict}; wrote {output}", asdict(found), WANTING if failed else DONE)

@@ -22,7 +22,7 @@ from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array, i
 from rfsq.runtime.bundle.comparison import TokenComparison
 from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
 from rfsq.runtime.bundle.gates import GATES, near_tie_cap
-from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.golden import Expected, Golden
 
 
 def episode_chunks(episodes: Sequence[npt.NDArray[np.floating[Any]]], chunk_length: int) -> Float32Array:
@@ -43,21 +43,18 @@ class ChunkReference:
     def answer(self, actions: Float32Array) -> Answers:
         """actions: float32 [N, T, A] in physical units. Chunk n is decoded in part from 1 + n mod L tokens."""
         inputs = torch.from_numpy(actions)
-        tokens, margins, bounds = chunk_token_bounds(self.model, inputs.double())
-        expected, depth = tokens.numpy().astype(np.int32), self.model.sizes.num_tokens
-        decoded = self.decode(expected)
+        tokens, depth = self.model.encode(inputs.double()).numpy().astype(np.int32), self.model.sizes.num_tokens
+        decoded = self.decode(tokens)
         lengths = (1 + np.arange(len(actions)) % depth).astype(np.int32)
         partial = np.empty_like(decoded)
         for length in np.unique(lengths):
-            partial[lengths == length] = self.decode(expected[lengths == length, :length])
+            partial[lengths == length] = self.decode(tokens[lengths == length, :length])
         float32_tokens = self._float32_model.encode(inputs).numpy()
-        float32 = self.judge(actions, expected, float32_tokens)
+        float32 = self.judge(actions, tokens, float32_tokens)
         units = self.model.units.numpy()
-        golden = Golden(
+        expected = Expected(
             actions=actions,
-            tokens=expected,
-            margins=margins.float().numpy(),
-            bounds=bounds.float().numpy(),
+            tokens=tokens,
             stats=None,
             decoded={depth: decoded},
             near_tie_cap=near_tie_cap(float32.num_near_ties),
@@ -65,7 +62,13 @@ class ChunkReference:
             lengths=lengths,
             partial=partial,
         )
-        return Answers(golden, float32, (np.abs(decoded - self.decode(float32_tokens)) / units).max(-1))
+        return Answers(expected, float32, (np.abs(decoded - self.decode(float32_tokens)) / units).max(-1))
+
+    def golden(self, expected: Expected) -> Golden:
+        """The same, with the margin and the bound of every token."""
+        _, *edges = chunk_token_bounds(self.model, torch.from_numpy(expected.actions).double())
+        margins, bounds = (part.float().numpy() for part in edges)
+        return Golden(**vars(expected), margins=margins, bounds=bounds)
 
     def _flip_tolerance(self, actions: Tensor, decoded: Float64Array) -> float:
         """How far a chunk with a near-tie flip may lie from `decoded`, in normalised units.

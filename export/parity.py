@@ -63,10 +63,9 @@ def golden_vectors(reference: Reference | ChunkReference, sections: Sequence[Sec
     chunks = max(_GOLDEN_STEPS // sections[0].actions.shape[1], 1)
     parts = [section.actions if section.name == EDGES else section.actions[:chunks] for section in sections]
     answers = reference.answer(np.concatenate(parts))
-    if answers.golden.stats is None:
-        return answers.golden
-    kept = answers.has_float32_stats.all(-1)
-    return answers.golden if kept.all() else reference.answer(answers.golden.actions[kept]).golden
+    if answers.expected.stats is not None and not (kept := answers.has_float32_stats.all(-1)).all():
+        answers = reference.answer(answers.expected.actions[kept])
+    return reference.golden(answers.expected)
 
 
 @dataclass
@@ -89,21 +88,21 @@ class Judge:
 
     def judge(self, answers: Answers) -> None:
         """Run the backend on one batch and keep the worst of every gate."""
-        golden = answers.golden
-        self.num_steps += golden.actions[..., 0].size
-        tokens = np.empty_like(golden.tokens)
-        stats = None if golden.stats is None else np.empty_like(golden.stats)
-        self.backend.encode_into(golden.actions, tokens, stats)
-        self.found.append(self.reference.judge(golden.actions, golden.tokens, tokens))
+        expected = answers.expected
+        self.num_steps += expected.actions[..., 0].size
+        tokens = np.empty_like(expected.tokens)
+        stats = None if expected.stats is None else np.empty_like(expected.stats)
+        self.backend.encode_into(expected.actions, tokens, stats)
+        self.found.append(self.reference.judge(expected.actions, expected.tokens, tokens))
         self.float32.append(answers.float32)
-        if stats is not None and golden.stats is not None:
+        if stats is not None and expected.stats is not None:
             # Behind a flip the statistics are those of another residual.
-            steady = ~(golden.tokens != tokens).any(axis=(-2, -1)) & answers.has_float32_stats
-            self.stats_error = max(self.stats_error, action_errors(golden.stats[steady], stats[steady], 1.0).value)
-        for prefix, rows, expected in golden.decodings():
-            part = None if golden.stats is None else np.ascontiguousarray(golden.stats[rows, ..., :prefix, :])
-            given = np.ascontiguousarray(golden.tokens[rows, ..., :prefix])
-            self._judge_decoding(given, part, expected)
+            steady = ~(expected.tokens != tokens).any(axis=(-2, -1)) & answers.has_float32_stats
+            self.stats_error = max(self.stats_error, action_errors(expected.stats[steady], stats[steady], 1.0).value)
+        for prefix, rows, decoded in expected.decodings():
+            part = None if expected.stats is None else np.ascontiguousarray(expected.stats[rows, ..., :prefix, :])
+            given = np.ascontiguousarray(expected.tokens[rows, ..., :prefix])
+            self._judge_decoding(given, part, decoded)
             # A policy may send tokens that no encoder gives.
             any_tokens = self._random.integers(self.model.vocabulary, size=given.shape, dtype=np.int32)
             self._judge_decoding(any_tokens, part, self.reference.decode(any_tokens, part))
@@ -171,7 +170,7 @@ def prove(
     for answers in batches(reference, sections):
         for judge in judges:
             judge.judge(answers)
-        done += answers.golden.actions[..., 0].size
+        done += answers.expected.actions[..., 0].size
         progress.show(f"  parity gates: {done:,} of {total:,} steps")
     progress.clear()
     parity = tuple(entry for judge in judges for entry in judge.entries())

@@ -23,7 +23,7 @@ from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array, i
 from rfsq.runtime.bundle.comparison import TokenComparison, compare_tokens
 from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
 from rfsq.runtime.bundle.gates import GATES, near_tie_cap
-from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.golden import Expected, Golden
 
 EDGES = "edges"
 #: More corners than this are sampled, not listed.
@@ -46,13 +46,13 @@ _ROUND_TRIP_ROOM = 4
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """golden: the float64 model's; float32: how the tokens of torch float32 differ from them.
+    """expected: the float64 model's; float32: how the tokens of torch float32 differ from them.
 
     round_trip: float64 [N, T], how far the tokens and statistics of torch float32 decode from the reference's, in
     normalised units; without statistics that is 0 wherever the tokens are the same.
     """
 
-    golden: Golden
+    expected: Expected
     float32: TokenComparison
     round_trip: Float64Array
 
@@ -82,28 +82,32 @@ class Reference:
     def answer(self, actions: Float32Array) -> Answers:
         """actions: float32 [N, T, A] in physical units."""
         inputs = torch.from_numpy(actions)
-        tokens, margins, bounds = token_error_bounds(self.model, inputs.double())
         latents = self.model.encode_latents(inputs.double())
-        stats = self.model.quantizer.quantize(latents).stats if self.mode.has_stats else None
+        quantized = self.model.quantizer.quantize(latents)
         # Rounded as they travel: what is decoded from them is decoded from these numbers.
-        rounded = None if stats is None else stats.float().numpy()
-        expected = tokens.numpy().astype(np.int32)
-        decoded = {prefix: self.decode(expected[..., :prefix], rounded) for prefix in self.prefixes}
+        stats = quantized.stats.float().numpy() if quantized.stats is not None and self.mode.has_stats else None
+        tokens = quantized.tokens.numpy().astype(np.int32)
+        decoded = {prefix: self.decode(tokens[..., :prefix], stats) for prefix in self.prefixes}
         float32_tokens, float32_stats = self._encode(self._float32_model, inputs)
-        float32 = self.judge(actions, expected, float32_tokens.numpy())
+        float32 = self.judge(actions, tokens, float32_tokens.numpy())
         of_float32 = self.decode(float32_tokens, float32_stats)
         round_trip = (np.abs(decoded[self.prefixes[-1]] - of_float32) / self.model.units.numpy()).max(-1)
-        golden = Golden(
+        expected = Expected(
             actions=actions,
-            tokens=expected,
-            margins=margins.float().numpy(),
-            bounds=bounds.float().numpy(),
-            stats=rounded,
+            tokens=tokens,
+            stats=stats,
             decoded=decoded,
             near_tie_cap=near_tie_cap(float32.num_near_ties),
             flip_tolerance=self._flip_tolerance(latents, decoded[self.prefixes[-1]], round_trip),
         )
-        return Answers(golden, float32, round_trip)
+        return Answers(expected, float32, round_trip)
+
+    def golden(self, expected: Expected) -> Golden:
+        """The same, with the margin and the bound of every token."""
+        actions, tokens = torch.from_numpy(expected.actions).double(), torch.from_numpy(expected.tokens).long()
+        _, *edges = token_error_bounds(self.model, actions, tokens)
+        margins, bounds = (part.float().numpy() for part in edges)
+        return Golden(**vars(expected), margins=margins, bounds=bounds)
 
     def _flip_tolerance(self, latents: Tensor, decoded: Float64Array, round_trip: Float64Array) -> float:
         """How far a step with a near-tie flip may lie from `decoded`, in normalised units.

@@ -192,7 +192,7 @@ def _load_source(path: Path, source: Source) -> ActionDataset:
         tuple(source.tasks(table)),
         path.name or path.absolute().name,
         source.has_borders,
-        source.dimension_names(),
+        source.action_names,
     )
 
 

@@ -27,8 +27,8 @@ _LOG = logging.getLogger(__name__)
 
 
 class ActionTokenizer:
-    """A bundle, opened and verified. B is any batch size, 0 included; T, A, D, L and K are the model's. Chunk tokens
-    are int32 [B, L] (uint16 too, in place of uint8) wherever [B, T, D, L] stands below.
+    """A bundle, opened and verified. B is any batch size, 0 included; T, A, D, L and K are the model's. Per-step
+    tokens are int32 [B, T, D, L], chunk tokens int32 [B, L]: so wherever [B, T, D, L] stands below.
 
     Actions are in physical units. Every method may be called from any thread. Wrong input raises InvalidInputError
     before anything is computed or written; a library that fails while it runs raises InferenceError.
@@ -151,7 +151,7 @@ class ActionTokenizer:
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """The numbers of layers l that can be decoded, ascending; the last is L."""
+        """The numbers l of layers, of chunk tokens 1 ... L, that can be decoded, ascending; the last is L."""
         return self._model.prefixes
 
     @property
@@ -166,7 +166,10 @@ class ActionTokenizer:
     def encode(self, actions: GpuArrayLike, *, stream: object = None) -> GpuResult: ...
 
     def encode(self, actions: object, *, stream: object = None) -> Int32Array | GpuResult:
-        """actions float32 [B, T, A] -> tokens int32 [B, T, D, L], on the GPU where the actions are."""
+        """actions float32 [B, T, A] -> tokens int32, per-step ones [B, T, D, L] or chunk tokens [B, L].
+
+        They are on the GPU where the actions are.
+        """
         if is_gpu_array(actions):
             return self._on_gpu().encode(actions, stream)[0]
         valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
@@ -245,7 +248,8 @@ class ActionTokenizer:
     def decode(self, tokens: GpuArrayLike, stats: object | None = None, *, stream: object = None) -> GpuResult: ...
 
     def decode(self, tokens: object, stats: object | None = None, *, stream: object = None) -> Float32Array | GpuResult:
-        """tokens int32 (int64, uint8) [B, T, D, l], l a built prefix -> actions float32 [B, T, A].
+        """Per-step tokens int32 (int64, uint8) [B, T, D, l], l a built prefix, or the first l chunk tokens int32
+        (int64, uint16) [B, l], any l from 1 to L -> actions float32 [B, T, A].
 
         stats: float32 [B, T, l, 2], needed by `dynamic` bundles and refused by all others. Raises UnbuiltPrefixError
         for an l that was not built.

@@ -103,7 +103,7 @@ def write_chunk_bundle(output: Path, recipe: ChunkRecipe, *, overwrite: bool = F
         for graph, content in graphs:
             staged.write(graph.file, content)
         answers = tokens.reference.answer(random_chunks(tokens.reference.model, recipe.num_chunks))
-        staged.write(GOLDEN_NAME, write_golden(answers.golden))
+        staged.write(GOLDEN_NAME, write_golden(tokens.reference.golden(answers.expected)))
         entries = tuple(graph for graph, _ in graphs)
         model, tools, provenance = tokens.model, {"numpy": np.__version__}, {"checkpoint": {"file": "random"}}
         parity = proven("onnxruntime", "CPU", model)

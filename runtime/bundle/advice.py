@@ -63,7 +63,7 @@ COMMANDS = {
     "compare": Command(
         "rfsq_ref/compare.py",
         "evidence.compare_command",
-        "compare tokens with their peers at equal bits",
+        "train per-step tokens, and compare them with peers at equal bits; chunk tokens: rfsq.evidence.compare_chunks",
         ("export", "evidence"),
     ),
     "rollout": Command(

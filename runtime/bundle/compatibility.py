@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .advice import command, page
 from .checkpoint_layouts import recorded_checkpoint, recorded_hashes
 from .errors import FingerprintError, IncompatibleTokensError, InvalidInputError
 from .manifest import GRAPH_FORMS, Manifest
-from .models import ModelEntry, StepModel
+from .models import ChunkModel, ModelEntry, StepModel
 
 #: `dynamic` and `recovered` tokens follow no constants of the bundle, but the step's own mean and deviation.
 _KINDS = {
@@ -158,6 +159,9 @@ def _differences(old: Manifest, new: Manifest) -> Iterator[str]:
         yield f"L is {old.model.depth} in the old and {new.model.depth} in the new bundle"
     if not _has_same_units(old.model, new.model):
         yield "their normalisers differ"
+    if isinstance(old.model, ChunkModel) and isinstance(new.model, ChunkModel):
+        yield from _fit_differences(old, new)
+        return
     old_weights, new_weights = _encoder_weights(old), _encoder_weights(new)
     if old_weights and new_weights:
         changed = sorted(name for name, value in old_weights.items() if new_weights.get(name) != value)
@@ -170,6 +174,33 @@ def _differences(old: Manifest, new: Manifest) -> Iterator[str]:
         )
     if kinds[0] == kinds[1] == _KINDS["calibrated"]:
         yield "their encoders are not the same file, so the constants may differ"
+
+
+def _fit_differences(old: Manifest, new: Manifest) -> Iterator[str]:
+    """Of chunk tokens, whose constants all come from a fit; what was fitted to is free-form, and may be missing."""
+    records = [recorded_checkpoint(manifest) for manifest in (old, new)]
+    data, settings = ([_record(found, name) for found in records] for name in ("data", "config"))
+    sources = [found.get("source", "unknown demonstrations") for found in data]
+    is_same_data = "sha256" in data[0] and data[0]["sha256"] == data[1].get("sha256")
+    told = f"to the same demonstrations ({sources[0]})" if is_same_data else f"to {sources[0]} and to {sources[1]}"
+    # Where one is unknown, nothing can be said of the other.
+    names = sorted(settings[0].keys() | settings[1].keys()) if all(settings) else []
+    pairs = [(name, settings[0].get(name), settings[1].get(name)) for name in names]
+    changed = [f"{name} {_said(one)} and {_said(other)}" for name, one, other in pairs if one != other]
+    if changed:
+        told += f", with other settings: {', '.join(changed)}"
+    elif is_same_data:
+        told += " with the same settings, by other versions of the fit or on other machines"
+    yield f"each has the constants of its own fit, {told}"
+
+
+def _said(setting: object) -> str:
+    return "default" if setting is None else str(setting)
+
+
+def _record(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = content.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _proof(old: Manifest, new: Manifest) -> str:

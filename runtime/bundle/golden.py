@@ -30,23 +30,20 @@ _OPTIONAL = ("stats", "lengths", "partial")
 
 
 @dataclass(frozen=True, eq=False)
-class Golden:
+class Expected:
     """N chunks through the reference in float64.
 
-    actions: float32 [N, T, A] in physical units, the encoder's inputs; tokens: int32 [N, T, D, L] or [N, L]; margins,
-    bounds: float32, of the same shape: the decision margins and how far float32 can move them, in bin widths or
-    another unit of both; stats: float32 [N, T, L, 2], `dynamic` only; decoded: for every prefix l that has a decoder
-    of its own, the reference's decoding of tokens[..., :l] (and stats[..., :l, :]) in physical units, float64
-    [N, T, A]. near_tie_cap: how many near-tie flips are allowed; flip_tolerance: how far, in normalised units, the
-    full-depth decoding of a step, or chunk, with such a flip may lie from decoded[L].
+    actions: float32 [N, T, A] in physical units, the encoder's inputs; tokens: int32 [N, T, D, L] or [N, L]; stats:
+    float32 [N, T, L, 2], `dynamic` only; decoded: for every prefix l that has a decoder of its own, the reference's
+    decoding of tokens[..., :l] (and stats[..., :l, :]) in physical units, float64 [N, T, A]. near_tie_cap: how many
+    near-tie flips are allowed; flip_tolerance: how far, in normalised units, the full-depth decoding of a step, or
+    chunk, with such a flip may lie from decoded[L].
     Of chunk tokens, whose every prefix decodes: lengths int32 [N], 1 ... L, and partial float64 [N, T, A], what chunk
     n decodes to from its first lengths[n] tokens.
     """
 
     actions: Float32Array
     tokens: Int32Array
-    margins: Float32Array
-    bounds: Float32Array
     stats: Float32Array | None
     decoded: Mapping[int, Float64Array]
     near_tie_cap: int
@@ -62,6 +59,18 @@ class Golden:
             for prefix in np.unique(self.lengths).tolist():
                 rows = np.flatnonzero(self.lengths == prefix)
                 yield prefix, rows, self.partial[rows]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Golden(Expected):
+    """What tokens are judged by where there is no reference, too.
+
+    margins, bounds: float32, of the shape of the tokens: the decision margins and how far float32 can move them, in bin
+    widths or another unit of both.
+    """
+
+    margins: Float32Array
+    bounds: Float32Array
 
     def compared(self, tokens: IntegerArray, model: ModelEntry) -> TokenComparison:
         """How the tokens that an implementation gives for `actions` differ."""
@@ -108,7 +117,7 @@ def _golden_of(arrays: Mapping[str, AnyArray]) -> Golden:
     decoded = {int(name.removeprefix(_DECODED)): array for name, array in arrays.items() if name.startswith(_DECODED)}
     cap, tolerance = int(arrays["near_tie_cap"]), float(arrays["flip_tolerance"])
     stats, *chunk = (arrays.get(name) for name in _OPTIONAL)
-    return Golden(actions, tokens, margins, bounds, stats, decoded, cap, tolerance, *chunk)
+    return Golden(actions, tokens, stats, decoded, cap, tolerance, *chunk, margins=margins, bounds=bounds)
 
 
 def read_golden(content: bytes, model: ModelEntry) -> Golden:

@@ -132,6 +132,10 @@ class ModelEntry(ABC):
         """Whether a token depends on all latents of its step, so that one flip moves the later layers of them all."""
         return False
 
+    def __repr__(self) -> str:
+        """What a person wants to know; `dataclasses.asdict` has every field."""
+        return f"{type(self).__name__}({self.mode}, {self.sizes_text}, decodes {self.prefixes_text})"
+
     def graph_of(self, prefix: int) -> int:
         """The largest prefix of the graph that decodes `prefix`."""
         return next(largest for largest in self.decoder_graphs if largest >= prefix)
@@ -153,7 +157,7 @@ class ModelEntry(ABC):
         return (batch, self.chunk_length, self.depth if prefix is None else prefix, 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepModel(ModelEntry):
     """Per-step tokens. prefixes: the numbers of layers that there are decoders for."""
 
@@ -209,7 +213,7 @@ class StepModel(ModelEntry):
         return self.mode in ("dynamic", "recovered")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ChunkModel(ModelEntry):
     """Chunk tokens. prefixes: all from 1 to L.
 

@@ -118,7 +118,7 @@ class InputValidator:
             limit = self._action_limit
             # A NaN is the maximum of any array that holds one, and no comparison with it is true.
             if not (np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit):
-                expected = f"finite numbers of at most {limit:g}: beyond that float32 overflows inside the encoder"
+                expected = f"finite numbers of at most {limit:.3g}, beyond which float32 overflows in the encoder"
                 refuse_first("actions", array, np.abs(array) <= limit, expected)
         return array
 

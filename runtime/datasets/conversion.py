@@ -16,7 +16,7 @@ from .action_files import write_file
 from .chunks import ChunkSource, ChunkSteps
 from .errors import OutputError, TokenDatasetError
 from .finish import complete
-from .format import INFO_NAME, DatasetInfo, Storage, Verification, read_info
+from .format import INFO_NAME, DatasetInfo, Storage, read_info
 from .job import Job, partial_folder, plan, token_model
 from .job_folder import begin, give_up, locked, output_errors, was_finished
 from .parts import finished_parts, parts_of_another_source, run_local
@@ -27,7 +27,7 @@ from .sources import open_source
 from .token_reader import TokenDataset, open_token_dataset
 from .tokenize import DECODED, ENCODED
 
-_FORMATS = {".parquet": "parquet", ".zarr": "zarr", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5"}
+_FORMATS = {"": "parquet", ".parquet": "parquet", ".zarr": "zarr", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5"}
 
 
 def _holds_tokens(folder: Path) -> bool:
@@ -72,7 +72,7 @@ def convert(options: argparse.Namespace) -> DatasetInfo:
             info = _run(job, tokenizer, options)
     worth = info.verification.fidelity
     if worth is not None and worth.grade is not Grade.GOOD:
-        _say(worth.table(f"{worth.steps:,} steps of the source"))
+        _say(worth.table(f"{info.verified} of the source"))
     return info
 
 
@@ -114,7 +114,7 @@ def _write_file(
     _say(f"{options.data}: {counted(dataset.num_steps, 'step')}; {_described(tokenizer)}")
     progress = Progress(dataset.num_steps)
     verification = write_file(dataset, tokenizer, kind, options, progress)
-    _report_verified(progress, verification)
+    _report_verified(progress, counted(verification.steps, "step"))
     return dataclasses.replace(dataset.info, verification=verification)
 
 
@@ -171,7 +171,7 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, *, 
         run_local(job, tokenizer, missing, min(options.workers, len(missing)), progress)
     progress.finish()
     info = complete(job, tokenizer, overwrite=options.overwrite)
-    _report_verified(progress, info.verification)
+    _report_verified(progress, info.verified)
     if not options.decode:
         total = sum(entry.size for entry in info.files.values())
         steps, episodes = counted(info.num_steps, "step"), counted(info.num_episodes, "episode")
@@ -179,13 +179,15 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, *, 
             f"✓ {options.output}: {steps} of {episodes}, {total / info.num_steps:.1f} bytes a step, fingerprint "
             f"{info.fingerprint[:16]}, source {info.source.sha256[:16]}"
         )
+        if info.storage == "parquet":
+            _say(f"pandas and pyarrow read {options.output / 'data'}")
     return info
 
 
-def _report_verified(progress: Progress, verification: Verification) -> None:
+def _report_verified(progress: Progress, verified: str) -> None:
     speed = f", {progress.speed}" if progress.speed else ""
     _say(f"✓ {counted(progress.steps, progress.unit)} in {duration(progress.seconds)}{speed}")
-    _say(f"✓ verified: {verification.steps:,} steps read back equal what the tokenizer gives")
+    _say(f"✓ verified: {verified} read back equal what the tokenizer gives")
 
 
 def _say(text: str) -> None:

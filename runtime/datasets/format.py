@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ..bundle.advice import quoted
 from ..bundle.fidelity import Fidelity
 from ..bundle.manifest import FileEntry
+from ..bundle.paths import counted
 from ..bundle.reading import build, parse_json, read_file
 from .errors import TokenDatasetError
 from .rows import ChunkTokens, Content, StepTokens
@@ -124,6 +125,15 @@ class DatasetInfo(Conversion):
     @property
     def num_rows(self) -> int:
         return self.num_steps if self.num_chunks is None else self.num_chunks
+
+    @property
+    def verified(self) -> str:
+        """How much of what was encoded the verification has read back, for people; its `steps` count a step once for
+        each place in a chunk that it fills."""
+        steps, length = self.verification.steps, self.model.chunk_length
+        if self.num_chunks is None:
+            return counted(steps, "step")
+        return f"{counted(steps // length, 'chunk')} of {counted(length, 'step')}"
 
 
 def part_name(index: int) -> str:

@@ -51,13 +51,13 @@ _BUFFER_BYTES = 1 << 20
 
 class _Stated(NamedTuple):
     """What meta/ says. name: of the file that states num_episodes, any JSON; episodes: in order; tasks: texts by their
-    numbers; dimensions: their names, or none."""
+    numbers; action_names: of all dimensions, or empty."""
 
     name: str = ""
     episodes: EpisodeTable | None = None
     num_episodes: Any = None
     tasks: Mapping[int, str] = {}
-    dimensions: tuple[str, ...] = ()
+    action_names: tuple[str, ...] = ()
 
 
 class _ParquetReader(StepReader):
@@ -143,6 +143,10 @@ class ParquetSource(Source):
     stated: _Stated
     table: EpisodeTable | None
 
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        return self.stated.action_names
+
     def check_episodes(self, found: EpisodeTable) -> None:
         if self.stated.episodes is not None:
             check_stated(self.name, self.stated.episodes, found)
@@ -152,9 +156,6 @@ class ParquetSource(Source):
 
     def file_of(self, row: int) -> str:
         return self.files[self.piece_of(row)].name
-
-    def dimension_names(self) -> tuple[str, ...]:
-        return self.stated.dimensions
 
     def tasks(self, episodes: EpisodeTable) -> list[str]:
         """By the task number in the first step of each episode."""
@@ -305,18 +306,17 @@ def _read_meta(folder: Path, key: str, width: int, footers: Sequence[_Footer]) -
     if episodes is not None:
         require_stated(name, num_episodes, "episodes", "meta/episodes lists", len(episodes.numbers))
     tasks = dict(_rows(meta, "tasks", "tasks.parquet", task_index=index, task=str))
-    return _Stated(name, episodes, num_episodes, tasks, _dimension_names(column.get("names"), width))
+    return _Stated(name, episodes, num_episodes, tasks, _action_names(column.get("names"), width))
 
 
-def _dimension_names(stated: Any, width: int) -> tuple[str, ...]:
-    """Of a list, of a list of one list, or of the lists by group that older versions wrote; none where these are not
-    one name for each dimension."""
+def _action_names(stated: Any, width: int) -> tuple[str, ...]:
+    """A list, a list in a list, or lists below words such as `motors`. Names are for people: odd ones count as none."""
     groups = list(stated.values()) if isinstance(stated, dict) else stated
     if not isinstance(groups, list):
         return ()
     names = [name for group in groups for name in (group if isinstance(group, list) else [group])]
-    is_complete = len(names) == width and all(isinstance(name, str) and name.strip() for name in names)
-    return tuple(names) if is_complete else ()
+    is_whole = len(names) == width and all(isinstance(name, str) and name.strip() for name in names)
+    return tuple(names) if is_whole else ()
 
 
 def _info(folder: Path) -> tuple[str, dict[str, Any]]:

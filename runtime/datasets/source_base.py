@@ -282,6 +282,11 @@ class Source:
     def num_steps(self) -> int:
         return int(self.first_rows[-1])
 
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Of all action dimensions, where the files name them; else empty."""
+        return ()
+
     def open(self, width: int) -> StepReader:
         """A reader for one thread. Raises SourceError unless steps have `width` values."""
         if self.width not in (0, width):
@@ -324,10 +329,6 @@ class Source:
 
     def episode_names(self, episodes: Int64Array) -> list[str]:
         return [f"episode_{number}" for number in episodes.tolist()]
-
-    def dimension_names(self) -> tuple[str, ...]:
-        """A name for each action dimension, none where nothing names them all."""
-        return ()
 
     def tasks(self, episodes: EpisodeTable) -> list[str]:
         """The task of each episode, "" where nothing says it. episodes: all of the dataset."""

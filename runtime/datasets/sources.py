@@ -18,7 +18,11 @@ _EXPECTED = (
     "expected .npz, .npy, .hdf5, .h5, .parquet, a folder of HDF5 files, or a LeRobot v2 or v3 folder "
     "(data/chunk-000/*.parquet and meta/)"
 )
-
+#: Of .csv and all else that is not read: which columns are actions, and where episodes end, only its owner knows.
+_CONVERTED = (
+    "of anything else make a .npz with an array [steps, A] for each episode, of a .csv with one line of names by "
+    "np.savez('episodes.npz', demo_0=np.loadtxt('FILE.csv', delimiter=',', skiprows=1))"
+)
 
 #: Opens a file by its path and the name of its action array.
 Opener = Callable[[Path, str | None], Source]
@@ -78,5 +82,5 @@ def _opener(path: Path, openers: Mapping[str, Opener], filter_key: str | None) -
     if filter_key is not None and opener is not open_hdf5:
         raise SourceError(f"{hint}, and has no filter keys; leave --filter-key (filter_key=) out")
     if opener is None:
-        raise SourceError(f"{found}; {_EXPECTED}")
+        raise SourceError(f"{found}; {_EXPECTED}; {_CONVERTED}")
     return opener

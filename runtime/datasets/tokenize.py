@@ -37,7 +37,7 @@ def parser() -> CommandParser:
     parser.add_bundle()
     parser.add_data(required=True, text=f"{DATA_FORMATS}; with --decode, what this command wrote")
     parser.add_output(
-        "folder, Parquet or Zarr by its name (NAME.parquet, NAME.zarr); with --decode Parquet, .npz or .hdf5",
+        "folder, Parquet (NAME) or Zarr (NAME.zarr) by its name; with --decode Parquet, .npz or .hdf5",
         required=True,
     )
     parser.add_backend()
@@ -105,7 +105,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     }
     if worth is None:
         return Outcome(f"✓ {options.output}", document)
-    lines = [f"what the tokens are worth: {worth.line}, on {worth.steps:,} steps of the source"]
+    lines = [f"what the tokens are worth: {worth.line}, on {found.verified} of the source"]
     lines += filter(None, [worth.warning_in(found.model.mode)])
     far = found.verification.farthest
     if far is not None and worth.grade is not Grade.WORTHLESS:

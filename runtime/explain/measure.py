@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..bundle.arrays import Float32Array, Float64Array, Int32Array
+from ..bundle.fidelity import Grade, fidelity
 from ..bundle.models import ChunkModel, ModelEntry
 from ..tokenizer import ActionTokenizer, codes_of
 from .classes import class_mean, classes_of, in_words
@@ -49,7 +50,8 @@ class Explanation:
 
     bits: of a step, [P]; bounds: the most by which a value in the calibrated range errs, in normalised units, for the
     prefixes that have a bound; largest: of each dimension in the data, [A]; median, p99: of the chunks' RMS errors over
-    all counted ones, [P], normalised; position_unit: metres that 1 is in the first three dimensions, or None;
+    all counted ones, [P], normalised; grades: what each prefix is worth on all counted ones, as a build grades it;
+    position_unit: metres that 1 is in the first three dimensions, or None;
     counted: chunks that median and p99 are of; num_chunks: of the data.
     """
 
@@ -60,6 +62,7 @@ class Explanation:
     largest: Float32Array
     median: Float64Array
     p99: Float64Array
+    grades: tuple[Grade, ...]
     position_unit: float | None
     counted: int
     num_chunks: int
@@ -79,7 +82,7 @@ def explain(
     codes = codes_of(tokenizer, samples.actions)
     actions, shown = samples.actions.astype(np.float64), samples.shown
     units = np.array(model.action_units)
-    rms, largest, position, decoded = [], [], [], []
+    rms, largest, position, decoded, grades = [], [], [], [], []
     for prefix in model.prefixes:
         part = codes.prefix(prefix)
         found = tokenizer.decode(part.tokens, part.stats).astype(np.float64)
@@ -88,6 +91,7 @@ def explain(
         largest.append(np.abs(error / units).max(axis=(1, 2)))
         position.append(1e3 * (position_unit or 0) * np.linalg.norm(error[shown, :, :3], axis=2).mean(axis=1))
         decoded.append(found[shown])
+        grades.append(_grade(model, actions, found))
     numbers = classes_of(model, codes.tokens) if isinstance(model, ChunkModel) else None
     chunks = tuple(
         ShownChunk(
@@ -111,12 +115,19 @@ def explain(
         largest=samples.largest,
         median=np.median(rms, axis=1),
         p99=np.percentile(rms, 99, axis=1),
+        grades=tuple(grades),
         position_unit=position_unit,
         counted=len(actions),
         num_chunks=samples.num_chunks,
         chunks=chunks,
         classes=_classes(tokenizer, model, codes.tokens, samples, names) if isinstance(model, ChunkModel) else {},
     )
+
+
+def _grade(model: ModelEntry, actions: Float64Array, decoded: Float64Array) -> Grade:
+    """Of chunks [S, T, A], in the robot's units."""
+    steps, found = (values.reshape(-1, model.action_dim) for values in (actions, decoded))
+    return fidelity(steps, found, model.action_units, model.action_offset).grade
 
 
 def _bounds(model: ModelEntry) -> dict[int, float]:

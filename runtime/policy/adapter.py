@@ -63,12 +63,7 @@ class ActionRFSQAE(BundleModule):
 
         Raises InvalidInputError where a gradient would have to flow to `x`: there is none.
         """
-        x = self._checked_actions(x, (self.action_dim,), f"B, T, {self.action_dim}")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise InvalidInputError(
-                "x requires a gradient, and a bundle has none: what it gives would count as constant, unnoticed. Pass "
-                "x.detach(), or call under torch.no_grad(); for codes alone call encode"
-            )
+        x = self._without_gradient(self._checked_actions(x, (self.action_dim,), f"B, T, {self.action_dim}"))
         call = self._call_for(x)
         codes, stats = self._encode(call, x)
         actions = call.empty((*codes.shape[:2], self.action_dim), torch.float32)

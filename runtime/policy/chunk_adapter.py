@@ -42,10 +42,18 @@ class ChunkTokenizer(BundleModule):
         return f"demonstrations become one by {quoted('build', '--kind chunk --calibration-data F --output PATH')}"
 
     @uncompiled
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """actions float32 [..., T, A] -> what their tokens decode to, float32 [..., T, A], and tokens int64 [..., L].
+
+        Raises InvalidInputError where a gradient would have to flow to `x`: there is none.
+        """
+        tokens = self.encode(self._without_gradient(self._checked_chunks(x)))
+        return self.decode(tokens), tokens
+
+    @uncompiled
     def encode(self, x: Tensor) -> Tensor:
         """actions float32 [..., T, A] -> tokens int64 [..., L], with no gradient, whatever `x` requires."""
-        shape = (self.chunk_length, self.action_dim)
-        x = self._checked_actions(x, shape, f"..., {shape[0]}, {shape[1]}")
+        x = self._checked_chunks(x)
         call = self._call_for(x, trailing=2)
         chunks = call.chunks(x.detach())
         tokens = call.empty((len(chunks), self.num_tokens), torch.int32)
@@ -66,6 +74,10 @@ class ChunkTokenizer(BundleModule):
         actions = call.empty((len(chunks), self.chunk_length, self.action_dim), torch.float32)
         call.tokenizer.decode_into(call.array(chunks), call.array(actions), stream=call.stream())
         return call.result(actions)
+
+    def _checked_chunks(self, x: object) -> Tensor:
+        shape = (self.chunk_length, self.action_dim)
+        return self._checked_actions(x, shape, f"..., {shape[0]}, {shape[1]}")
 
     def _call_for(self, tensor: Tensor, trailing: int) -> Call:
         """trailing: how many axes a chunk has."""

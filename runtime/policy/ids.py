@@ -42,8 +42,8 @@ class PartialTokens:
 
     tokens: int32; of per-step tokens [B, T, D, l] of the first l layers (`layer-major`) or [B, t, D, L] of the first t
     steps (`step-major`), of chunk tokens the first l, [B, l]. whole: int64 [B], the whole layers, steps or tokens of
-    each sequence, of which tokens have the fewest. used: how many ids of each sequence are in tokens; the rest of it
-    was checked and left out.
+    each sequence. The shortest one decides: tokens have as many of every sequence, and used is how many ids that is;
+    the rest was checked and left out. To take each at its own length, see `Vocabulary.count_whole`.
     """
 
     tokens: Int32Array
@@ -144,9 +144,9 @@ class Vocabulary(ABC):
         """ids int64 (int32) [B, n] -> tokens int32; special ids are to be taken off before.
 
         partial: `prefix` takes sequences that end early, with the array or with their first special id, behind which
-        only special ids may follow (eos, pad, pad ...). What is whole of them (`PartialTokens`) becomes tokens; a
-        sequence with nothing whole is too short. Everything else is an error there too, in the part that is left out
-        as well.
+        only special ids may follow (eos, pad, pad ...). What is whole in all of them (`PartialTokens`) becomes tokens;
+        one with nothing whole is too short, and with it the batch. Everything else is an error there too, in the part
+        that is left out as well.
 
         Raises SequenceTooShortError, SequenceTooLongError, ForeignIdError, SpecialIdError or WrongLayerError for the
         first sequence that is malformed, at its first position that is wrong, and IdTypeError for another type.
@@ -158,18 +158,27 @@ class Vocabulary(ABC):
         if partial is None and not len(array) and width != most:
             kind = SequenceTooShortError if width < most else SequenceTooLongError
             raise kind(f"ids have shape {list(array.shape)}; expected [B, n] = [B, {most}]", None, min(width, most))
-        # Modulo 2^64 the ids of a position are the smallest numbers, and all others are larger.
-        levels = array[:, :most] - self._lowest[:width]
+        levels = self._above_lowest(array)
         is_clean = levels.size == 0 or bool(np.maximum.reduce(levels.view(np.uint64), axis=None) < self._values)
         least = most if partial is None else self._unit
         is_whole = is_clean and least <= width <= most
-        lengths = np.full(len(array), width) if is_whole else self._lengths(array, levels, partial)
+        lengths = np.full(len(array), width) if is_whole else self._lengths(array, levels, partial, least)
         if partial is None:
             return self._from_grid(levels, self._grid[0])
         whole = lengths // self._unit
         count = int(whole.min(initial=min(width, most) // self._unit))
         used = count * self._unit
         return PartialTokens(self._from_grid(levels[:, :used], count), whole, used)
+
+    def count_whole(self, ids: object) -> Int64Array:
+        """ids int64 (int32) [B, n] -> int64 [B]: the layers, steps or tokens of each sequence that are whole.
+
+        They are those that `to_tokens` takes with partial="prefix"; 0 where a sequence ends before the first is whole,
+        as with eos alone. So rows can be left out, and those of one length decoded together. Raises what `to_tokens`
+        raises for ids that are wrong.
+        """
+        array = _ids(ids)
+        return self._lengths(array, self._above_lowest(array), "prefix", 0) // self._unit
 
     # What the kinds of tokens differ in.
 
@@ -220,10 +229,20 @@ class Vocabulary(ABC):
     def _misplaced(self, number: int, sequence: AnyArray) -> str:
         """What a token is that stands where it must not, for people."""
 
+    def _above_lowest(self, ids: AnyArray) -> Int64Array:
+        """How far each id of [B, n] is above the lowest at its position, as far as a chunk goes.
+
+        Read modulo 2^64, the ids that may stand there are the smallest numbers, and all others are larger.
+        """
+        above: Int64Array = ids[:, : self.sequence_length] - self._lowest[: ids.shape[1]]
+        return above
+
     # On the way to an error.
 
-    def _lengths(self, ids: AnyArray, levels: Int64Array, partial: str | None) -> Int64Array:
-        """How many ids each sequence has before it ends, [B]; refuses the first that is malformed."""
+    def _lengths(self, ids: AnyArray, levels: Int64Array, partial: str | None, least: int) -> Int64Array:
+        """How many ids each sequence has before it ends, [B]; refuses the first that is malformed, or has fewer than
+        `least`.
+        """
         # Only where a sequence may end early is a special id its end.
         is_special = np.isin(ids, [number for _, number in self.special_ids if partial])
         width = ids.shape[1]
@@ -235,20 +254,21 @@ class Vocabulary(ABC):
         # A special id that another id follows is not the end, but wrong.
         goes_on = ((positions > lengths[:, None]) & ~is_special).any(axis=1)
         is_wrong[np.flatnonzero(goes_on), lengths[goes_on]] = True
-        is_short = lengths < (self._unit if partial else self.sequence_length)
+        is_short = lengths < least
         refused = is_wrong.any(axis=1) | is_short
         if refused.any():
             row = int(refused.argmax())
             if is_wrong[row].any():
-                self._refuse_at(ids, row, int(is_wrong[row].argmax()))
+                self._refuse_at(ids, row, int(is_wrong[row].argmax()), partial)
             expected = f"{self._LENGTH} = {self.sequence_length}; to take what is whole, pass partial='prefix'"
             if partial:
-                expected = f"at least {self._unit}, one whole {self._unit_name}"
+                expected = f"at least {self._unit}, one whole {self._unit_name}: leave out sequences for which "
+                expected += "count_whole(ids) is 0"
             length = int(lengths[row])
             raise SequenceTooShortError(f"sequence {row} has {length} ids; expected {expected}", row, length)
         return lengths
 
-    def _refuse_at(self, ids: AnyArray, row: int, position: int) -> NoReturn:
+    def _refuse_at(self, ids: AnyArray, row: int, position: int, partial: str | None) -> NoReturn:
         number = int(ids[row, position])
         expected = f"nothing behind the {self.sequence_length} ids of a chunk"
         if position < self.sequence_length:
@@ -258,7 +278,11 @@ class Vocabulary(ABC):
         error: type[MalformedIdsError]
         if name is not None:
             error, found = SpecialIdError, f"the special id {name!r}"
-            expected += ": take bos, eos and padding off before"
+            expected += ": take bos, eos and padding off before, or pass partial='prefix', which ends a sequence there"
+            if partial:
+                found += ", and other ids than special ones follow"
+                expected = f"only special ids behind it, {', '.join(name for name, _ in self.special_ids)}: cut off "
+                expected += "what follows the end, or name the padding in special_ids"
         elif position >= self.sequence_length:
             error, found = SequenceTooLongError, "one too many"
         elif number in self.ids:

@@ -84,6 +84,16 @@ class BundleModule(nn.Module):
             )
         return x
 
+    @staticmethod
+    def _without_gradient(x: Tensor) -> Tensor:
+        """`x`, where no gradient is asked of what becomes of it. Raises InvalidInputError."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InvalidInputError(
+                "x requires a gradient, and a bundle has none: what it gives would count as constant, unnoticed. Pass "
+                "x.detach(), or call under torch.no_grad(); for codes or tokens alone call encode"
+            )
+        return x
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Begins with an empty one, since policy code asks the first parameter for the model's device and type.
 

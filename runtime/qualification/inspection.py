@@ -81,7 +81,7 @@ def _summary(bundle: Bundle, worth: str) -> Iterator[str]:
 
 def _details(bundle: Bundle, worth: str) -> Iterator[str]:
     manifest, model = bundle.manifest, bundle.manifest.model
-    yield f"  actions      |action| at most {model.action_limit:g}, physical = normalised * units + offset"
+    yield f"  actions      physical = normalised * units + offset; float32 overflows beyond {model.action_limit:.3g}"
     yield f"    units      {_numbers(model.action_units)}"
     yield f"    offset     {_numbers(model.action_offset)}"
     yield f"what the tokens are worth: {worth}"

@@ -1,5 +1,6 @@
 """A small robot that is nothing like the embedded one, and a comparison on it, made once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,12 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> ComparisonConfig:
         seeds=(0, 1), epochs=250, normaliser=NormaliserKind.MIN_MAX, peers=False, workers=1,
         recovered=RecoveredConfig(refine_steps=0), cache=cache,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def quick_config(small_config: ComparisonConfig) -> ComparisonConfig:
+    """For what holds of models that are hardly trained, too."""
+    return replace(small_config, epochs=4)
 
 
 @pytest.fixture(scope="session")

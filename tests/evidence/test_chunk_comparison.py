@@ -16,7 +16,7 @@ from rfsq.evidence.chunk_codec import FAMILY, chunk_codecs, fit_chunk_model, siz
 from rfsq.evidence.chunk_comparison import ChunkComparisonConfig, compare_chunks
 from rfsq.evidence.chunk_jobs import bins_job, chunk_job
 from rfsq.evidence.chunk_results import CHUNKS_JSON, ChunkComparison, findings, parts, per_step, read_beside
-from rfsq.evidence.compare_chunks import main
+from rfsq.evidence.compare_chunks import _parser, _work, main
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.faster import FasterConfig
 from rfsq.evidence.judging import Trial
@@ -30,6 +30,7 @@ from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.normaliser import fit_normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.runtime.bundle.errors import OutputExistsError
 from tests.evidence.conftest import robot_dataset, write_npz
 
 _BUDGETS = (5.0, 12.5, 20.0)
@@ -233,6 +234,21 @@ def test_the_command_compares_and_says_what_holds(tmp_path: Path, capsys: pytest
     assert main(command) == 2
     assert main([*command, "--overwrite", "--budgets", "20", "5"]) == 2
     assert "expected rising" in capsys.readouterr().err
+
+
+def test_a_comparison_of_other_data_leaves_the_documents_results_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the result is there already, the command ends at once."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build/chunks.json").touch()
+    with pytest.raises(OutputExistsError, match=r"build/chunks\.json"):
+        _work(_parser().parse_args(["--data", "nowhere.npz"]))
+    (tmp_path / "docs/results").mkdir(parents=True)
+    (tmp_path / "docs/results/chunks.json").touch()
+    with pytest.raises(OutputExistsError, match=r"docs/results/chunks\.json"):
+        _work(_parser().parse_args([]))
 
 
 def test_seeds_are_different_ones() -> None:

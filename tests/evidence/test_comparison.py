@@ -106,20 +106,19 @@ def test_a_refitted_readout_has_a_row_beside_the_autoencoder_as_trained(
 
 
 def test_more_processes_change_nothing(
-    comparison: Comparison,
-    robot: ActionDataset,
-    small_config: ComparisonConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    robot: ActionDataset, quick_config: ComparisonConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a cache of their own, so that they train anew. Forked, for torch has one thread here, and importing it anew
+    """With caches of their own, so that they train anew. Forked, for torch has one thread here, and importing it anew
     takes longest; that new processes do it too, the script shows in test_report."""
     monkeypatch.setattr("rfsq.evidence.workers.get_context", lambda _: get_context("fork"))
-    assert compare(robot, replace(small_config, workers=2, cache=tmp_path)) == comparison
+    one, two = (
+        compare(robot, replace(quick_config, workers=workers, cache=tmp_path / str(workers))) for workers in (1, 2)
+    )
+    assert two == one
 
 
-def test_too_few_steps_for_a_recovered_decoder_leave_the_rest(small_config: ComparisonConfig) -> None:
-    found = compare(robot_dataset(episodes=8), replace(small_config, seeds=(0,)))
+def test_too_few_steps_for_a_recovered_decoder_leave_the_rest(quick_config: ComparisonConfig) -> None:
+    found = compare(robot_dataset(episodes=8), replace(quick_config, seeds=(0,)))
 
     assert [report.scheme for report in found.schemes] == ["naive", "dynamic", "published", "calibrated"]
     (missing,) = (remark for remark in found.remarks if "no recovered decoder" in remark)
@@ -146,16 +145,16 @@ def test_a_scheme_that_one_checkpoint_lacks_is_left_out_of_all(
 
 
 def test_one_layer_has_no_groups_and_no_claim_about_others(
-    robot: ActionDataset, small_config: ComparisonConfig
+    robot: ActionDataset, quick_config: ComparisonConfig
 ) -> None:
     given = {
         robust: trained_checkpoint(
-            robot, replace(small_config.training(use_layernorm=robust, seed=0), num_layers=1), small_config.cache
+            robot, replace(quick_config.training(use_layernorm=robust, seed=0), num_layers=1), quick_config.cache
         )[0]
         for robust in (False, True)
     }
 
-    found = compare(robot, small_config, naive=[given[False]], robust=[given[True]])
+    found = compare(robot, quick_config, naive=[given[False]], robust=[given[True]])
 
     assert [row.label for row in found.scheme("calibrated").groups] == ["L0"]
     assert found.seeds == ()
@@ -168,17 +167,17 @@ def test_one_layer_has_no_groups_and_no_claim_about_others(
 
 
 def test_checkpoints_that_cannot_stand_in_one_row_are_refused(
-    robot: ActionDataset, small_config: ComparisonConfig
+    robot: ActionDataset, quick_config: ComparisonConfig
 ) -> None:
-    training = small_config.training(use_layernorm=True, seed=0)
+    training = quick_config.training(use_layernorm=True, seed=0)
     eight, four = (
-        trained_checkpoint(robot, replace(training, num_layers=layers), small_config.cache)[0] for layers in (8, 4)
+        trained_checkpoint(robot, replace(training, num_layers=layers), quick_config.cache)[0] for layers in (8, 4)
     )
 
     with pytest.raises(CheckpointError, match=r"num_layers=8.*num_layers=4.*compare them one by one"):
-        compare(robot, small_config, robust=[eight, four])
+        compare(robot, quick_config, robust=[eight, four])
     with pytest.raises(CheckpointError, match="given twice"):
-        compare(robot, small_config, robust=[eight, eight])
+        compare(robot, quick_config, robust=[eight, eight])
 
 
 def test_swapped_checkpoints_are_refused(robust: Checkpoint, demonstrations: ActionDataset) -> None:

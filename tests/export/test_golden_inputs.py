@@ -164,7 +164,7 @@ def few(reference: Reference) -> Golden:
 def test_constants_of_the_embedded_model_are_seen_to(part: str, reference: Reference, few: Golden) -> None:
     encoder = plan_encoder(reference.model, DeployMode.CALIBRATED, 1)
     sample = [constant for constant in constants(encoder) if constant.part == part]
-    many = reference.answer(in_chunks(drawn(reference.model, 3000), 1)).golden
+    many = reference.golden(reference.answer(in_chunks(drawn(reference.model, 3000), 1)).expected)
     noticed = check_caught(
         encoder,
         sample[:: len(sample) // 12],

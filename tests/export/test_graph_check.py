@@ -259,7 +259,7 @@ def test_what_overflows_before_it_is_clipped_is_no_warning() -> None:
     )
     actions = random_chunks(tokens.reference.model, 4)
     actions[0] = tokens.model.action_limit
-    golden = tokens.reference.answer(actions).golden
+    golden = tokens.reference.golden(tokens.reference.answer(actions).expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for entry, content in tokens.graphs():

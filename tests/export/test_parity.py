@@ -156,7 +156,7 @@ def test_another_float32_implementation_passes_too(either: Case) -> None:
 def test_torchs_own_float32_has_near_ties_and_nothing_else(either: Case) -> None:
     for answers in either.answers:
         assert answers.float32.num_wrong == 0, answers.float32.first_wrong
-        assert answers.golden.near_tie_cap == near_tie_cap(answers.float32.num_near_ties)
+        assert answers.expected.near_tie_cap == near_tie_cap(answers.float32.num_near_ties)
     assert sum(answers.float32.num_near_ties for answers in either.answers) > 0
 
 
@@ -354,7 +354,7 @@ def test_a_backend_that_does_nothing_is_noticed(case: Case) -> None:
 @pytest.mark.parametrize("off", [-1, 1])
 @pytest.mark.parametrize("batch", [0, 2, 3])
 def test_a_single_wrong_token_is_noticed_and_named(case: Case, off: int, batch: int) -> None:
-    golden = case.answers[batch].golden
+    golden = case.reference.golden(case.answers[batch].expected)
     clear = (golden.margins > golden.bounds) & (golden.tokens + off >= 0) & (golden.tokens + off < 7)
     # In the last layer, so that it alone is wrong.
     *_, place = (tuple(index) for index in np.argwhere(clear) if index[-1] == 7)
@@ -370,7 +370,7 @@ def test_a_single_wrong_token_is_noticed_and_named(case: Case, off: int, batch: 
     assert line.startswith(f"spoiled, {WRONG}: 1 over ")
     assert f"is {expected + off}, expected {expected}: margin" in line
     # Counted over all batches, as if they were one.
-    before = sum(len(answers.golden.tokens) for answers in case.answers[:batch])
+    before = sum(len(answers.expected.tokens) for answers in case.answers[:batch])
     assert f"token {[before + int(place[0]), *map(int, place[1:])]} " in line
 
 
@@ -384,7 +384,7 @@ def test_a_token_that_does_not_exist_is_noticed(case: Case, value: int) -> None:
 
 def test_a_decoder_that_is_right_for_the_encoders_tokens_alone_is_noticed(case: Case) -> None:
     """A policy may send tokens that no encoder gives."""
-    known = {hashlib.sha256(answers.golden.tokens[..., :prefix].tobytes()).digest()
+    known = {hashlib.sha256(answers.expected.tokens[..., :prefix].tobytes()).digest()
              for answers in case.answers for prefix in PREFIXES}  # fmt: skip
 
     def spoil(tokens: np.ndarray, _stats: None, actions: np.ndarray) -> None:
@@ -417,7 +417,7 @@ class Encoded:
 def float32_tokens(case: Case) -> list[np.ndarray]:
     model = case.checkpoint.model(case.reference.mode.conditioning)
     with torch.no_grad():
-        return [model.encode(torch.from_numpy(answers.golden.actions))[0].numpy() for answers in case.answers]
+        return [model.encode(torch.from_numpy(answers.expected.actions))[0].numpy() for answers in case.answers]
 
 
 def test_a_backend_may_flip_the_near_ties_that_torch_flips(case: Case) -> None:
@@ -430,8 +430,8 @@ def test_a_backend_may_flip_the_near_ties_that_torch_flips(case: Case) -> None:
 
 def with_every_near_tie_flipped(case: Case, answers: Answers) -> np.ndarray:
     """Every token that float32 could give differently, moved across the edge it lies at; later layers go on from it."""
-    model, actions = case.reference.model, torch.from_numpy(answers.golden.actions).double()
-    tokens = torch.from_numpy(answers.golden.tokens).long()
+    model, actions = case.reference.model, torch.from_numpy(answers.expected.actions).double()
+    tokens = torch.from_numpy(answers.expected.tokens).long()
     with torch.no_grad():
         latents = model.encode_latents(actions)
         for layer in range(model.config.num_layers):
@@ -454,12 +454,12 @@ def test_a_backend_may_not_flip_every_near_tie(case: Case) -> None:
 
 def test_where_torch_flips_no_near_tie_another_may_flip_some(case: Case) -> None:
     """Of few steps, as of a small dataset."""
-    actions = np.concatenate([answers.golden.actions[~answers.float32.flipped.any(-1)] for answers in case.answers])
+    actions = np.concatenate([answers.expected.actions[~answers.float32.flipped.any(-1)] for answers in case.answers])
     few = replace(case, answers=[case.reference.answer(actions)])
     (answers,) = few.answers
     assert answers.float32.num_near_ties == 0
     every = with_every_near_tie_flipped(few, answers)
-    some = answers.golden.tokens.copy()
+    some = answers.expected.tokens.copy()
     chunk, step = np.argwhere((every != some).any(axis=(-2, -1)))[0]
     some[chunk, step] = every[chunk, step]
     by_name = {entry.gate: entry for entry in few.judge(Encoded(few, [some]))}
@@ -471,7 +471,7 @@ def test_where_torch_flips_no_near_tie_another_may_flip_some(case: Case) -> None
 def test_a_near_tie_excuses_the_level_next_to_it_alone(case: Case) -> None:
     tokens = []
     for answers in case.answers:
-        golden = answers.golden
+        golden = case.reference.golden(answers.expected)
         excusable = (golden.margins <= golden.bounds) & (np.arange(8) == 0)
         tokens.append(np.where(excusable, (golden.tokens + 3) % 7, golden.tokens))
     assert WRONG in case.red(Encoded(case, tokens))
@@ -483,12 +483,12 @@ def test_what_lies_behind_a_flip_is_judged_along_the_flip(either: Case, value: i
     right = float32_tokens(either)
     spoiled = []
     for answers, tokens in zip(either.answers, right, strict=True):
-        differs = (tokens != answers.golden.tokens).any(axis=-2, keepdims=True)
+        differs = (tokens != answers.expected.tokens).any(axis=-2, keepdims=True)
         behind = np.logical_or.accumulate(differs, axis=-1)
         behind[..., 1:], behind[..., 0] = behind[..., :-1].copy(), False
         spoiled.append(np.where(behind, value, tokens))
     assert any((one != other).any() for one, other in zip(right, spoiled, strict=True))
-    stats = [answers.golden.stats for answers in either.answers] if either.model.has_stats else None
+    stats = [answers.expected.stats for answers in either.answers] if either.model.has_stats else None
     assert WRONG not in either.red(Encoded(either, right, stats))
     assert WRONG in either.red(Encoded(either, spoiled, stats))
 
@@ -524,7 +524,7 @@ def test_the_golden_vectors_alone_notice_what_the_gates_notice(case: Case) -> No
 
 
 def test_batches_cover_every_step_once_and_in_order(case: Case) -> None:
-    actions = np.concatenate([answers.golden.actions for answers in case.answers])
+    actions = np.concatenate([answers.expected.actions for answers in case.answers])
     np.testing.assert_array_equal(actions, np.concatenate([section.actions for section in case.sections]))
 
 

@@ -27,10 +27,14 @@ class Recorder:
 
     def answer(self, actions: np.ndarray) -> Any:
         self.asked.append(actions)
-        golden = SimpleNamespace(actions=actions, stats=actions if self._has_stats else None)
+        expected = SimpleNamespace(actions=actions, stats=actions if self._has_stats else None)
         if not self._has_stats:
-            return SimpleNamespace(golden=golden)
-        return Answers(golden, SimpleNamespace(flipped=self._flipped), self._round_trip)  # type: ignore[arg-type]
+            return SimpleNamespace(expected=expected)
+        return Answers(expected, SimpleNamespace(flipped=self._flipped), self._round_trip)  # type: ignore[arg-type]
+
+    @staticmethod
+    def golden(expected: Any) -> Any:
+        return expected
 
 
 @pytest.mark.parametrize(

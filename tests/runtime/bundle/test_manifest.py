@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rfsq.runtime.bundle.errors import BundleError
 from rfsq.runtime.bundle.manifest import ParityEntry, graph_tensors, manifest_text, parse_manifest
 from tests.bundles import Recipe, deploy, engine_entry, make_manifest, quality_of
+from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 
 MANIFEST = make_manifest(deploy(Recipe()))
 TEXT = manifest_text(MANIFEST)
@@ -20,6 +21,12 @@ TEXT = manifest_text(MANIFEST)
 
 def test_reading_gives_what_was_written() -> None:
     assert parse_manifest(TEXT) == MANIFEST
+
+
+def test_a_model_is_shown_in_one_line() -> None:
+    assert repr(MANIFEST.model) == "StepModel(calibrated, T 2, A 3, D 4, L 3, K 5, hidden 8, decodes 2, 3 layers)"
+    chunk = deployed_chunk_tokens(ChunkRecipe()).model
+    assert repr(chunk) == "ChunkModel(chunk, T 4, A 3, 9 tokens of 256, 6 classes, decodes any first of 9 tokens)"
 
 
 def test_what_the_tokens_are_worth_is_read_back_and_may_be_missing() -> None:

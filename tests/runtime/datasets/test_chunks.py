@@ -107,6 +107,19 @@ def test_a_row_holds_the_tokens_of_the_chunk_that_begins_at_its_step(
     }
 
 
+def test_what_was_verified_is_counted_in_chunks(
+    source: Path, chunk_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(source, tmp_path / "tokens", chunk_bundle)
+    printed = capsys.readouterr().out
+    # Each step stands in several chunks, and all chunks of these episodes are read back, or a sample of them.
+    count = min(sum(LENGTHS), 4096)
+    assert f"✓ verified: {count:,} chunks of {T} steps read back equal what the tokenizer gives" in printed
+    assert f", on {count:,} chunks of {T} steps of the source" in printed
+    made(tmp_path / "tokens", tmp_path / "again.npz", chunk_bundle, "--decode")
+    assert f"✓ verified: {count:,} steps read back" in capsys.readouterr().out
+
+
 def test_the_description_says_what_a_row_is(source: Path, chunk_bundle: Path, tmp_path: Path) -> None:
     output = made(source, tmp_path / "tokens.parquet", chunk_bundle, "--stride", "4", "--tokens", "5")
     info = json.loads((output / INFO_NAME).read_text(encoding="utf-8"))

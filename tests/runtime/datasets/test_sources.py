@@ -39,6 +39,16 @@ def read(path: Path, slices: list[tuple[int, int]], width: int = 3) -> list[Step
         reader.close()
 
 
+def test_the_advice_for_other_formats_makes_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE.csv").write_text("x,y,grip\n0.5,-0.25,1\n0,0.125,-1\n", encoding="utf-8")
+    with pytest.raises(SourceError) as caught:
+        open_source("FILE.csv")
+    exec(str(caught.value).rpartition(" by ")[2], {"np": np})  # as a reader does
+    (steps,) = read(tmp_path / "episodes.npz", [(0, 2)])
+    assert steps.values.tolist() == [[0.5, -0.25, 1], [0, 0.125, -1]]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_steps_that_the_reference_reads(layout: str, tmp_path: Path) -> None:
     episodes = random_episodes(LENGTHS)
@@ -196,7 +206,8 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     assert "does not exist; expected .npz" in refusal(tmp_path / "nothing.npz")
     assert "holds nothing; expected" in refusal(tmp_path)
     (tmp_path / "x.csv").write_text("1,2,3", encoding="utf-8")
-    assert "has the suffix '.csv'; expected" in refusal(tmp_path / "x.csv")
+    assert "has the suffix '.csv'; expected" in (refused := refusal(tmp_path / "x.csv"))
+    assert "np.savez('episodes.npz', demo_0=np.loadtxt('FILE.csv', delimiter=',', skiprows=1))" in refused
     for suffix in ("npz", "hdf5", "parquet"):
         (tmp_path / f"lfs.{suffix}").write_text("version https://git-lfs.github.com/spec/v1", encoding="utf-8")
         assert "is a Git LFS pointer" in refusal(tmp_path / f"lfs.{suffix}")
@@ -426,7 +437,7 @@ def test_dimensions_have_the_names_that_lerobot_states(
     folder = write_lerobot_v3(tmp_path / "robot", episodes)
     features = {"action": {"dtype": "float32", "shape": [3], "names": names}}
     write_info(folder, "v3.0", episodes, features=features)
-    assert open_source(folder).dimension_names() == expected
+    assert open_source(folder).action_names == expected
     dataset = load_actions(folder)
     assert dataset.dimensions == dataset.select([1]).dimensions == expected
     assert dataset.dimension(2) == ("dimension 2 (gripper)" if expected else "dimension 2")

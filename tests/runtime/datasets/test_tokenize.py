@@ -338,7 +338,7 @@ def test_unfit_bundles_and_options_are_refused(
         *arguments(source, output, c_bundle), "--ray-address", "localhost:1", kind=TokenizerError
     )
     assert "whose name tells no format; tokens are written as parquet, zarr" in refusal(
-        *arguments(source, tmp_path / "out", c_bundle), kind=OutputError
+        *arguments(source, tmp_path / "out.v2", c_bundle), kind=OutputError
     )
     assert "is the format 'npz'; tokens are written as parquet, zarr" in refusal(
         *arguments(source, tmp_path / "out.npz", c_bundle), kind=OutputError
@@ -603,6 +603,16 @@ def test_the_command_says_what_it_did(
     assert re.fullmatch(
         r"✓ .*out.zarr: 20,001 steps of 4 episodes, .* fingerprint [0-9a-f]{16}, source [0-9a-f]{16}", lines[3]
     )
+
+
+def test_a_name_without_a_suffix_is_a_folder_of_parquet_and_its_data_opens_as_one_table(
+    source: Path, c_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(source, tmp_path / "out", c_bundle)
+    data = tmp_path / "out" / "data"
+    assert f"pandas and pyarrow read {data}\n" in capsys.readouterr().out
+    table = pq.read_table(data)
+    assert (table.column_names, len(table)) == (["episode_index", "frame_index", "tokens"], 20_001)
 
 
 def test_poor_tokens_are_told_by_dimension_and_worthless_ones_end_red(

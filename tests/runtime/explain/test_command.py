@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
+from rfsq.runtime.bundle.fidelity import Grade
 from rfsq.runtime.explain import command
+from rfsq.runtime.explain.measure import Explanation
 from tests.runtime.datasets.samples import write_info, write_lerobot_v3
 
 
@@ -18,12 +22,54 @@ def test_it_says_what_each_budget_costs_and_where_the_page_is(
     chunk_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(chunk_bundle, "--data", data, "--output", tmp_path / "page.html") == 0
-    *rows, verdict = capsys.readouterr().out.splitlines()
+    *rows, unit, grades, verdict = capsys.readouterr().out.splitlines()
     assert [row.split(" RMS")[0].split() for row in rows] == [
-        [bits, "bits", "a", "step", count, unit]
-        for bits, count, unit in (("2", "1", "token"), ("10", "5", "tokens"), ("18", "9", "tokens"))
+        [bits, "bits", "a", "step", count, what, grade]
+        for bits, count, what, grade in (
+            ("2", "1", "token", "worthless"),
+            ("10", "5", "tokens", "poor"),
+            ("18", "9", "tokens", "poor"),
+        )
     ]
-    assert verdict == f"✓ {tmp_path / 'page.html'}: 9 chunks shown, 9 counted"
+    assert unit.startswith("errors are in normalised units: 1 is half of the range")
+    assert grades.startswith("good: no dimension loses more than 1% of its variance; poor: one does")
+    # The constants are random.
+    page = tmp_path / "page.html"
+    assert verdict == f"✓ {page}: 9 chunks shown, 9 counted; all 9 tokens are poor on these data"
+
+
+def test_it_says_from_how_many_on_they_are_good() -> None:
+    good, poor, worthless = Grade.GOOD, Grade.POOR, Grade.WORTHLESS
+    for grades, said in (
+        ((worthless, poor, good, good), "good from 4 tokens on"),
+        # Good by chance, and not with more.
+        ((good, poor, good, good), "good from 4 tokens on"),
+        ((good, good, good, good), "good from 1 token on"),
+        ((poor, good, good, poor), "all 8 tokens are poor on these data"),
+    ):
+        found = SimpleNamespace(prefixes=(1, 2, 4, 8), grades=grades)
+        assert command._judged(cast(Explanation, found), "tokens") == said
+
+
+def test_names_come_from_the_data_and_millimetres_say_of_what(
+    chunk_bundle: Path, episodes: list[np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, page = write_lerobot_v3(tmp_path / "robot", episodes), tmp_path / "page.html"
+    given = [chunk_bundle, "--data", folder, "--output", page, "--overwrite", "--position-unit", 0.05]
+    for names, said in (
+        (["pan", "lift", "grip"], "pan, lift, grip"),
+        ({"motors": ["pan", "lift", "grip"]}, "pan, lift, grip"),
+        (["pan", "lift"], "dim 0, dim 1, dim 2"),
+        (None, "dim 0, dim 1, dim 2"),
+        ([["pan", "lift", "grip"]], "pan, lift, grip"),
+        ([[["pan", "lift", "grip"]]], "dim 0, dim 1, dim 2"),
+    ):
+        write_info(folder, "v3.0", episodes, features={"action": {"names": names}})
+        assert run(*given) == 0
+        assert f"millimetres: {said} are taken as x, y and z, where 1 is 0.05 m" in capsys.readouterr().out
+        assert f'"names":{json.dumps(said.split(", "), separators=(",", ":"))}' in page.read_text()
+    assert run(*given, "--names", "x,y,z") == 0
+    assert "millimetres: x, y, z are taken" in capsys.readouterr().out
 
 
 def test_actions_beyond_the_range_are_warned_of_and_dimensions_have_the_names_of_the_data(

@@ -54,6 +54,13 @@ def test_any_leading_axes_give_what_the_tokenizer_gives(
     )
 
 
+def test_called_it_gives_the_actions_of_the_tokens_and_the_tokens(adapter: ChunkTokenizer, chunks: np.ndarray) -> None:
+    x = torch.from_numpy(chunks).reshape(2, 3, T, A)
+    actions, tokens = adapter(x)
+    assert torch.equal(tokens, adapter.encode(x))
+    assert torch.equal(actions, adapter.decode(tokens))
+
+
 @pytest.mark.parametrize("kind", [torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32])
 def test_tokens_of_any_integer_type_decode(kind: torch.dtype, adapter: ChunkTokenizer, chunks: np.ndarray) -> None:
     tokens = adapter.encode(torch.from_numpy(chunks))
@@ -67,6 +74,7 @@ def test_what_is_wrong_is_refused(adapter: ChunkTokenizer) -> None:
         (lambda: adapter.encode(x.double()), "expected torch.float32"),
         (lambda: adapter.encode(x * torch.nan), "expected finite numbers"),
         (lambda: adapter.encode(x.numpy()), "expected a torch.Tensor"),  # type: ignore[arg-type]
+        (lambda: adapter(x.numpy())[0], "expected a torch.Tensor"),
         (lambda: adapter.decode(tokens + 256), r"tokens\[0, 0\] is 256; expected 0 \.\.\. 255"),
         (lambda: adapter.decode(tokens.float()), r"expected integers, tokens 0 \.\.\. 255"),
         (lambda: adapter.decode(tokens[0, 0]), r"expected tokens \[\.\.\., l\]"),
@@ -81,6 +89,10 @@ def test_what_is_wrong_is_refused(adapter: ChunkTokenizer) -> None:
 def test_no_gradient_flows_and_nothing_can_be_trained(adapter: ChunkTokenizer, chunks: np.ndarray) -> None:
     x = torch.from_numpy(chunks).requires_grad_()
     assert not adapter.decode(adapter.encode(x)).requires_grad
+    with pytest.raises(InvalidInputError, match="x requires a gradient, and a bundle has none"):
+        adapter(x)
+    with torch.no_grad():
+        assert not adapter(x)[0].requires_grad
     policy = nn.ModuleDict({"tokenizer": adapter, "head": nn.Linear(2, 2)})
     assert [name for name, _ in policy.named_parameters()] == ["head.weight", "head.bias"]
     with pytest.raises(InvalidInputError, match="cannot be trained"):

@@ -89,8 +89,46 @@ def test_malformed_ids_are_refused_at_their_place(ids: list[int], kind: type[Mal
 
 
 def test_a_sequence_without_a_token_is_too_short() -> None:
-    with pytest.raises(SequenceTooShortError, match="expected at least 1, one whole token"):
-        SMALL.to_tokens(np.array([[2, 200, 200, 200]]), partial="prefix")
+    ids = np.array([[100, 101, 2, 200], [2, 200, 200, 200]])
+    with pytest.raises(SequenceTooShortError, match="expected at least 1, one whole token: leave out") as caught:
+        SMALL.to_tokens(ids, partial="prefix")
+    assert caught.value.row == 1
+    whole = SMALL.count_whole(ids)
+    assert whole.tolist() == [2, 0]
+    assert SMALL.to_tokens(ids[whole > 0], partial="prefix").tokens.tolist() == [[0, 1]]
+
+
+def test_sequences_of_each_length_are_counted_and_decode_together() -> None:
+    ids = np.array([[100, 101, 2, 200], [107, 2, 2, 2], [115, 114, 113, 112], [100, 115, 200, 200]])
+    whole = SMALL.count_whole(ids)
+    assert (whole.dtype, whole.tolist()) == (np.int64, [2, 1, 4, 2])
+    found = {n: SMALL.to_tokens(ids[whole == n], partial="prefix").tokens.tolist() for n in set(whole.tolist())}
+    assert found == {2: [[0, 1], [0, 15]], 1: [[7]], 4: [[15, 14, 13, 12]]}
+    assert SMALL.count_whole(np.empty((0, 4), np.int64)).tolist() == []
+    assert SMALL.count_whole(np.empty((2, 0), np.int64)).tolist() == [0, 0]
+    assert SMALL.count_whole(ids[:, :1]).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "kind", "message"),
+    [
+        (
+            [100, 2, 103, 200],
+            SpecialIdError,
+            "ids[0, 1] is 2, the special id 'eos', and other ids than special ones follow; expected only special ids "
+            "behind it, bos, eos, pad: cut off what follows the end, or name the padding in special_ids",
+        ),
+        ([100, 2, 0, 0], SpecialIdError, "name the padding in special_ids"),
+        ([100, 99, 2, 200], ForeignIdError, "ids[0, 1] is 99, no id of this vocabulary"),
+        ([100, 101, 102, 103, 104], SequenceTooLongError, "one too many"),
+    ],
+)
+def test_behind_the_end_stand_special_ids_alone(ids: list[int], kind: type[MalformedIdsError], message: str) -> None:
+    for call in (lambda ids: SMALL.to_tokens(ids, partial="prefix"), SMALL.count_whole):
+        with pytest.raises(kind) as caught:
+            call(np.array([ids]))
+        assert type(caught.value) is kind
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

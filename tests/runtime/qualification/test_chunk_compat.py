@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 
 from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.bundle import compatibility
+from rfsq.runtime.bundle.compatibility import compare_manifests
+from rfsq.runtime.bundle.folder import open_bundle
+from rfsq.runtime.bundle.manifest import Manifest
 from rfsq.runtime.datasets.sources import open_source
 from rfsq.runtime.qualification import compat
 from rfsq.runtime.qualification.agreement import FLIPPED_CHUNKS, Kind, Measurement, compare
@@ -89,6 +93,39 @@ def test_other_constants_are_other_tokens(chunk_bundle: Path, data: Path, tmp_pa
     assert found.verdict.kind is Kind.INCOMPATIBLE
     assert found.measurement.differing > 1
     assert len(found.measurement.crossed("OLD")) == 3
+
+
+def fitted(manifest: Manifest, fingerprint: str, source: str, sha256: str, **config: object) -> Manifest:
+    """The bundle as of a fit to these demonstrations with these settings."""
+    checkpoint = {"data": {"source": source, "sha256": sha256}, "config": config}
+    return replace(manifest, fingerprint=fingerprint * 64, provenance={"checkpoint": checkpoint})
+
+
+def test_what_sets_two_fits_apart_is_said(chunk_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = open_bundle(chunk_bundle).manifest
+    # Each fit writes an encoder of its own.
+    monkeypatch.setattr(compatibility, "_encoder_hashes", lambda manifest: {manifest.fingerprint})
+    old = fitted(manifest, "a", "cups.npz", "1", seed=0, order="own")
+    own = "each has the constants of its own fit, to "
+    for new, said in (
+        (fitted(manifest, "b", "pans.npz", "2", seed=0, order="own"), "cups.npz and to pans.npz"),
+        (
+            fitted(manifest, "b", "moved.npz", "1", seed=3, order="own", tokens=16),
+            "the same demonstrations (cups.npz), with other settings: seed 0 and 3, tokens default and 16",
+        ),
+        (
+            fitted(manifest, "b", "cups.npz", "1", seed=0, order="own"),
+            "the same demonstrations (cups.npz) with the same settings, by other versions of the fit or on other "
+            "machines",
+        ),
+        (
+            replace(manifest, fingerprint="b" * 64, provenance={"checkpoint": {"data": 7}}),
+            "cups.npz and to unknown demonstrations",
+        ),
+    ):
+        assert compare_manifests(old, new).differences == (own + said,)
+    shallow = replace(old, model=replace(old.model, num_tokens=6), fingerprint="b" * 64)
+    assert "L is 9 in the old and 6 in the new bundle" in compare_manifests(old, shallow).differences
 
 
 @pytest.mark.parametrize(
