@@ -84,12 +84,10 @@ def parser() -> CommandParser:
         "neither torch nor the checkpoint",
     )  # fmt: skip
     parser.add_argument(
-        "--normaliser",
-        type=path_argument,
-        metavar="F",
+        "--normaliser", type=path_argument, metavar="F",
         help="JSON with kind, offset and scale, folded into the engines; for a fit of chunk tokens also auto, none or "
         "min-max, default: auto",
-    )
+    )  # fmt: skip
     parser.add_argument("--conditioning", choices=STEP_MODES, help="default: calibrated if robust")
     parser.add_argument(
         "--readout", choices=_READOUTS,
