@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rfsq.calibration.chunk_covariance import mixed
+from rfsq.calibration.chunk_clusters import clusters, split
+from rfsq.calibration.chunk_covariance import LEAST_VARIANCE, eigen, mixed
 from rfsq.calibration.chunk_order import bit_order, class_order
 from rfsq.calibration.chunk_windows import Episodes, batches, normalised, windows
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
-from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes, cell_middles, gain_range
+from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes, bit_counts, cell_middles, gain_range
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.settings import check_positive, check_seed
@@ -32,10 +33,10 @@ _SHRINK_CLASS, _SHRINK_PARENT, _SHRINK_ENERGY, _SHRINK_SCALE = 40.0, 80.0, 20.0,
 _SHRINK_GAIN = 60.0
 #: Of all tokens, the share in which each bit refines the same latent in every class.
 _SHARED_TOKENS = 8 / 45
-#: Of the variance of a normalised action, what no latent falls below: rounding of float32 recordings.
-_LEAST_VARIANCE = 1e-10
 #: Of a separable covariance in the common ones: the calibration episodes choose.
 _SHARES = (0.0, 0.05, 0.2)
+#: Of all windows that are fitted to, and of all covariances: what takes a fourth of a gigabyte.
+_MOST_VALUES = 2**25
 #: Of a mean squared error that others are divided by.
 _LEAST_ERROR = 1e-30
 
@@ -58,7 +59,7 @@ class ChunkFitConfig:
 
 @dataclass(frozen=True, eq=False)
 class _Classes:
-    """mean [C, N]; basis [C, N, N], columns by falling variance; variances [C, N]."""
+    """mean [C, N]; basis [C, N, K], columns by falling variance; variances [C, K]. K: of N, as many as have a bit."""
 
     mean: Tensor
     basis: Tensor
@@ -72,6 +73,11 @@ class _Coding:
     sizes: ChunkSizes
     budgets: tuple[int, ...]
     separable_share: float = 0.0
+
+    @property
+    def latents(self) -> int:
+        """How many latents can have a bit at most: K of `_Classes`."""
+        return min(self.sizes.num_values, self.sizes.code_bits)
 
     def shrinkage(self, windows: float) -> float:
         """Windows for these sizes that do what so many do for chunks of 8 steps of 7 dimensions; never fewer.
@@ -92,18 +98,28 @@ class _Coding:
         order = bit_order(classes.variances, self.sizes.code_bits)
         latents = int(order.max()) + 1
         ends = [budget * self.sizes.token_bits - self.sizes.class_bits for budget in self.budgets]
-        counts = [torch.nn.functional.one_hot(order[:, :end], latents).sum(dim=1) for end in ends]
+        counts = [bit_counts(order[:, :end], latents) for end in ends]
         errors = torch.empty(len(ends), len(x), len(classes.mean))
-        values = x.float()
         for index in range(len(classes.mean)):
-            z = (values - classes.mean[index].float()) @ classes.basis[index].float()
-            rest = z[:, latents:].square().sum(dim=1)
             scale = WIDTH * classes.variances[index, :latents].sqrt().float()
-            y = torch.tanh(z[:, :latents] / scale)
-            for place, count in enumerate(counts):
-                back = torch.atanh(cell_middles(y, count[index])) * scale
-                errors[place, :, index] = (back - z[:, :latents]).square().sum(dim=1) + rest
+            found = []
+            for values in batches(x, self.sizes):
+                z, rest = _projected(values.float() - classes.mean[index].float(), classes.basis[index], latents)
+                y = torch.tanh(z / scale)
+                backs = (torch.atanh(cell_middles(y, count[index])) * scale for count in counts)
+                found.append(torch.stack([(back - z).square().sum(dim=1) + rest for back in backs]))
+            errors[..., index] = torch.cat(found, dim=1)
         return errors
+
+
+def _projected(centred: Tensor, basis: Tensor, latents: int) -> tuple[Tensor, Tensor]:
+    """The first latents [n, latents], and the square [n] of what they leave out of each window; in float32."""
+    if len(basis) > basis.shape[1]:
+        # With less than a bit for each value, what is left out is far above what rounding makes of the difference.
+        z = centred @ basis[:, :latents].float()
+        return z, (centred.square().sum(dim=1) - z.square().sum(dim=1)).clamp(min=0)
+    z = centred @ basis.float()
+    return z[:, :latents], z[:, latents:].square().sum(dim=1)
 
 
 def default_budgets(num_tokens: int) -> tuple[int, ...]:
@@ -129,13 +145,13 @@ def fit_chunk_code(
     alike.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    most, length = config.most_windows, sizes.chunk_length
+    most, length = min(config.most_windows, _MOST_VALUES // sizes.num_values), sizes.chunk_length
     x = normalised(windows(training, length, most, generator), sizes, normaliser)
     held_out = normalised(windows(calibration, length, -(-most // 4), generator), sizes, normaliser)
     coding = _Coding(sizes, config.budgets or default_budgets(sizes.num_tokens))
     learned = sizes.num_classes - 1 - broad_classes(sizes.num_classes)
     _check_windows(x, learned)
-    common = _common(x, sizes)
+    common = _common(coding, x)
     share = min(_SHARES, key=lambda share: _broad_cost(coding, held_out, common[share]))
     coding = replace(coding, separable_share=share)
     described = _aligned(_learned(coding, x, learned, generator), common[share].basis[0])
@@ -186,21 +202,26 @@ def _learned(coding: _Coding, x: Tensor, count: int, generator: torch.Generator)
     parent = torch.zeros(min(_PARENTS, count), dtype=torch.long)
     is_split = count > len(parent)
     with tqdm(total=_ROUNDS * (1 + is_split), desc="  classes", unit="round", leave=False, disable=None) as progress:
-        assigned = _clusters(x, len(parent), generator)
+        assigned = clusters(x, coding.sizes, len(parent), generator)
         assigned = _lloyd(coding, x, (assigned, parent), generator, progress)
         if is_split:
-            assigned, parent = _split(x, assigned, (len(parent), count), generator)
+            assigned, parent = split(x, coding.sizes, assigned, (len(parent), count), generator)
             assigned = _lloyd(coding, x, (assigned, parent), generator, progress)
     return _described(coding, x, assigned, parent)
 
 
-def _common(x: Tensor, sizes: ChunkSizes) -> dict[float, _Classes]:
+def most_learned(num_values: int) -> int:
+    """How many classes of so many values are fitted at most: their covariances take a fourth of a gigabyte."""
+    return max(1, _MOST_VALUES // num_values**2)
+
+
+def _common(coding: _Coding, x: Tensor) -> dict[float, _Classes]:
     """The broad classes for each share of a separable covariance."""
     mean, covariance = x.mean(dim=0), torch.cov(x.T, correction=0).reshape(x.shape[1], x.shape[1])
     factors = torch.tensor(_BROAD, dtype=torch.float64).unsqueeze(-1)
     found = {}
     for share in _SHARES:
-        variances, basis = _eigen(mixed(covariance, sizes.chunk_length, share))
+        variances, basis = eigen(mixed(covariance, coding.sizes.chunk_length, share), coding.latents)
         count = len(factors)
         found[share] = _Classes(mean.expand(count, -1), basis.expand(count, -1, -1), variances * factors)
     return found
@@ -229,33 +250,6 @@ def _aligned(classes: _Classes, basis: Tensor) -> _Classes:
     return replace(classes, basis=torch.where(nearest < 0, -classes.basis, classes.basis))
 
 
-def _eigen(covariances: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances, the largest first and none too small, and the basis."""
-    variances, basis = torch.linalg.eigh(covariances)
-    return variances.flip(-1).clamp(min=_LEAST_VARIANCE), basis.flip(-1)
-
-
-def _clusters(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """k-means on the leading principal scores and two log band energies."""
-    if count == 1:
-        return torch.zeros(len(x), dtype=torch.long)
-    num_values = x.shape[1]
-    _, basis = _eigen(torch.cov(x.T, correction=0).reshape(num_values, num_values))
-    scores = (x - x.mean(dim=0)) @ basis
-    few, middle = max(1, min(8, num_values // 4)), max(2, min(24, num_values // 2))
-    bands = [scores[:, few:middle], scores[:, middle:]]
-    energies = [band.square().mean(dim=1, keepdim=True).clamp(min=1e-12).log() * 0.7 for band in bands if band.numel()]
-    features = torch.cat([scores[:, :few] / scores[:, :few].std(dim=0).clamp(min=1e-6), *energies], dim=1)
-    centres = features[torch.randperm(len(x), generator=generator)[:count]]
-    assigned = torch.zeros(len(x), dtype=torch.long)
-    for _ in range(25):
-        assigned = torch.cdist(features, centres).argmin(dim=1)
-        sums = torch.zeros_like(centres).index_add(0, assigned, features)
-        counts = torch.bincount(assigned, minlength=count).unsqueeze(-1)
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
-    return assigned
-
-
 def _described(coding: _Coding, x: Tensor, assigned: Tensor, parent: Tensor, spare: Tensor | None = None) -> _Classes:
     """Mean and shrunk covariance of each class: towards its parent's, and that towards the pooled one, each scaled.
 
@@ -269,7 +263,7 @@ def _described(coding: _Coding, x: Tensor, assigned: Tensor, parent: Tensor, spa
         centred = x[assigned == index] - mean[index]
         scatter[index] = centred.T @ centred
     # With a floor: of few different windows, classes hold each exactly.
-    pooled = scatter.sum(dim=0) / len(x) + _LEAST_VARIANCE * torch.eye(num_values, dtype=torch.float64)
+    pooled = scatter.sum(dim=0) / len(x) + LEAST_VARIANCE * torch.eye(num_values, dtype=torch.float64)
     pooled = mixed(pooled, coding.sizes.chunk_length, coding.separable_share)
     energy = float(_trace(pooled))
     parent_weight, class_weight = coding.shrinkage(_SHRINK_PARENT), coding.shrinkage(_SHRINK_CLASS)
@@ -280,13 +274,16 @@ def _described(coding: _Coding, x: Tensor, assigned: Tensor, parent: Tensor, spa
     of_parent = of_parent + parent_weight * pooled * (e_parent / energy)[:, None, None]
     of_parent /= (n_parent + parent_weight)[:, None, None]
     wanted = (_trace(scatter) + _SHRINK_ENERGY * _trace(of_parent)[parent]) / (n + _SHRINK_ENERGY)
-    wanted = wanted.clamp(min=1e-4 * energy)
-    prior = of_parent[parent] * (wanted / _trace(of_parent)[parent])[:, None, None]
-    covariance = (scatter + class_weight * prior) / (n + class_weight)[:, None, None]
+    scaled = wanted.clamp(min=1e-4 * energy) / _trace(of_parent)[parent]
+    variances = torch.empty(count, coding.latents, dtype=torch.float64)
+    basis = torch.empty(count, num_values, coding.latents, dtype=torch.float64)
+    for index in range(count):
+        prior = of_parent[parent[index]] * scaled[index]
+        covariance = (scatter[index] + class_weight * prior) / (n[index] + class_weight)
+        variances[index], basis[index] = eigen(covariance, coding.latents)
     if spare is not None:
         empty = n < 3
         mean[empty] = spare[: int(empty.sum())]
-    variances, basis = _eigen(covariance)
     return _Classes(mean, basis, variances)
 
 
@@ -313,29 +310,6 @@ def _lloyd(
     return assigned
 
 
-def _split(x: Tensor, assigned: Tensor, counts: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Split so many parents into so many classes, more of them where more windows are: the class of each window, and
-    the parent of each class."""
-    parents, count = counts
-    n = torch.bincount(assigned, minlength=parents).double()
-    wanted = n.pow(0.7) / n.pow(0.7).sum() * count
-    children = wanted.floor().clamp(min=1).long()
-    while int(children.sum()) < count:
-        children[int((wanted - children).argmax())] += 1
-    while int(children.sum()) > count:
-        children[int(torch.where(children > 1, children - wanted, -torch.inf).argmax())] -= 1
-    found, parent, base = torch.zeros_like(assigned), [], 0
-    for index, number in enumerate(children.tolist()):
-        members = (assigned == index).nonzero()[:, 0]
-        if number > 1 and len(members) > 2 * number:
-            found[members] = base + _clusters(x[members], number, generator)
-        else:
-            found[members] = base
-        parent += [index] * number
-        base += number
-    return found, torch.tensor(parent)
-
-
 def _rescaled(classes: _Classes, x: Tensor, chosen: Tensor) -> _Classes:
     """With the variances that held-out windows of each class have, shrunk to the training's times a factor by rank."""
     learned = len(classes.mean)
@@ -348,7 +322,7 @@ def _rescaled(classes: _Classes, x: Tensor, chosen: Tensor) -> _Classes:
     n = torch.bincount(chosen, minlength=learned).double().unsqueeze(-1)
     factor = ((squares / classes.variances).sum(dim=0) / n.sum().clamp(min=1)).clamp(0.8, 6)
     variances = (_SHRINK_SCALE * classes.variances * factor + squares) / (_SHRINK_SCALE + n)
-    return _Classes(classes.mean, classes.basis, variances.clamp(min=_LEAST_VARIANCE))
+    return _Classes(classes.mean, classes.basis, variances.clamp(min=LEAST_VARIANCE))
 
 
 def _gains(x: Tensor, chosen: Tensor, classes: _Classes, latents: int) -> Tensor:

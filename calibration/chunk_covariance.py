@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+#: Of the variance of a normalised action, what no latent falls below: rounding of float32 recordings.
+LEAST_VARIANCE = 1e-10
 #: Rounds of the fit, which changes little after the first few.
 _ROUNDS = 6
 #: Of the mean variance, what is added to each, so that dimensions that never move have an inverse.
@@ -35,3 +37,9 @@ def mixed(covariance: Tensor, chunk_length: int, share: float) -> Tensor:
     product = separable(covariance, chunk_length)
     scale = covariance.diagonal().sum() / product.diagonal().sum()
     return (1 - share) * covariance + share * scale * product
+
+
+def eigen(covariance: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """At most so many variances [K], the largest first and none too small, and their basis [N, K]."""
+    variances, basis = torch.linalg.eigh(covariance)
+    return variances.flip(-1)[:most].clamp(min=LEAST_VARIANCE), basis.flip(-1)[:, :most]

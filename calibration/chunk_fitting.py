@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from rfsq.calibration.chunk import ChunkFitConfig, broad_classes, fit_chunk_code
-from rfsq.calibration.chunk_normaliser import chunk_normaliser, far_episode_warning
+from rfsq.calibration.chunk import ChunkFitConfig, broad_classes, fit_chunk_code, most_learned
+from rfsq.calibration.chunk_normaliser import chunk_normaliser, far_episode_warning, far_from_zero_warning
 from rfsq.calibration.chunk_windows import count_windows
 from rfsq.calibration.data import MINIMUM_EPISODES, few_steps_warning, joined, unsplit_warning
 from rfsq.calibration.settings import BitOrder, ChunkConfig
@@ -68,7 +68,7 @@ def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckp
     unsplit = unsplit_warning(dataset) if parts.training is dataset else ""
     warnings = [few_steps_warning(parts.training), unsplit, fewer]
     if normaliser is not None:
-        warnings.append(far_episode_warning(dataset))
+        warnings += [far_episode_warning(dataset), far_from_zero_warning(normaliser)]
     fit = ChunkFitConfig(config.seed, has_shared_order=config.order is BitOrder.SHARED)
     constants = fit_chunk_code(parts.training.episodes, parts.calibration.episodes, sizes, fit, normaliser)
     provenance: dict[str, Any] = {
@@ -115,14 +115,18 @@ def _sizes(training: ActionDataset, config: ChunkConfig) -> tuple[ChunkSizes, st
     least = 1 + ((config.classes - 1).bit_length() == config.vocabulary.bit_length() - 1)
     sizes(config.classes, least)
     windows = count_windows(training.episodes, config.chunk_length)
-    most = max(1, windows // _LEAST_WINDOWS) + broad_classes(config.classes) + 1
-    classes = min(config.classes, most)
+    others = broad_classes(config.classes) + 1
+    by_windows, by_values = max(1, windows // _LEAST_WINDOWS), most_learned(training.action_dim * config.chunk_length)
+    classes = min(config.classes, min(by_windows, by_values) + others)
     tokens = config.tokens
     if tokens is None:
         tokens = _default_tokens(sizes(classes, least))
-    warning = "" if classes == config.classes else (
-        f"WARNING: {classes} classes in place of {config.classes}: the training episodes have "
-        f"{counted(windows, 'window')} of {counted(config.chunk_length, 'step')}, and a learned class needs "
-        f"{_LEAST_WINDOWS}; give more episodes"
-    )  # fmt: skip
+    why = (
+        f"the training episodes have {counted(windows, 'window')} of {counted(config.chunk_length, 'step')}, and a "
+        f"learned class needs {_LEAST_WINDOWS}; give more episodes"
+        if by_windows <= by_values
+        else f"of chunks of {sizes(classes, tokens).num_values:,} values, more take too much memory and time; for more "
+        "classes choose a smaller --chunk-length"
+    )
+    warning = "" if classes == config.classes else f"WARNING: {classes} classes in place of {config.classes}: {why}"
     return sizes(classes, tokens), warning

@@ -23,6 +23,7 @@ from rfsq.rfsq_ref.normaliser import (
     untouched,
 )
 from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.runtime.bundle.arrays import last_rounding
 from rfsq.runtime.bundle.paths import counted
 
 #: How many times wider than what was seen a range is at least: a tenth of its span on either side.
@@ -31,6 +32,8 @@ _LEAST_HEADROOM = 1.2
 _COVERED = 0.9
 #: So many times wider, the range of a dimension costs two bits of every action in escape.
 _FAR = 4.0
+#: In units of its movement, up to which a dimension has float32 positions that are close enough (docs/building.md).
+_FAR_FROM_ZERO = 1000.0
 _LIMIT = 1.0
 
 
@@ -71,6 +74,20 @@ def far_episode_warning(dataset: ActionDataset) -> str:
                 "larger; repair or drop that episode if it is wrong"
             )
     return ""
+
+
+def far_from_zero_warning(normaliser: Normaliser) -> str:
+    """A warning about a dimension that moves little where float32 is coarse; else empty."""
+    offset, scale = np.array(normaliser.offset), np.array(normaliser.scale)
+    distance = np.abs(offset) / scale
+    far = int(distance.argmax())
+    if distance[far] <= _FAR_FROM_ZERO:
+        return ""
+    return (
+        f"WARNING: dimension {far} lies {distance[far]:.3g} times as far from zero as it moves: float32 rounds its "
+        f"actions by up to {last_rounding(offset, scale)[far]:.3g}, recorded and decoded, and tokens can do nothing "
+        "about it; take what it rests at off its actions"
+    )
 
 
 def _of_file(dataset: ActionDataset, path: str) -> tuple[Normaliser, str]:

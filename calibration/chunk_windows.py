@@ -50,8 +50,8 @@ def windows(
 
 
 def batches(x: Tensor, sizes: ChunkSizes) -> Iterator[Tensor]:
-    """Rows of x, so many at a time that what a class needs for each of them stays below a few hundred megabytes."""
-    return iter(torch.split(x, max(1, 2**24 // sizes.num_values**2)))
+    """Rows of x, so many at a time that what a class needs for them takes less than a hundred megabytes."""
+    return iter(torch.split(x, max(1, 2**18 // sizes.num_values)))
 
 
 def normalised(x: Tensor, sizes: ChunkSizes, normaliser: Normaliser | None) -> Tensor:

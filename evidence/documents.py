@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from rfsq.calibration import study_report
 from rfsq.calibration.study_result import result_from_json
 from rfsq.calibration.tables import as_markdown
-from rfsq.evidence import chunk_results, policy_results, rollout_report
+from rfsq.evidence import chunk_results, policy_loop_results, policy_results, rollout_report
 from rfsq.evidence import tables as tables_parts
 from rfsq.evidence.chunk_results import CHUNKS_JSON
 from rfsq.evidence.errors import EvidenceError
@@ -40,7 +40,10 @@ def documents() -> list[Path]:
 
 
 def tables(results: Path = RESULTS) -> dict[str, str]:
-    """Markdown by name. Raises EvidenceError, CalibrationError or OSError where a result is missing or damaged."""
+    """Markdown by name, nothing of what drives the simulator where that was not driven.
+
+    Raises EvidenceError, CalibrationError or OSError where another result is missing, or one is damaged.
+    """
     study = result_from_json((results / "calibration.json").read_text(encoding="utf-8"))
     rollout = rollout_report.RolloutResult.read(results / "rollout.json")
     comparison = Comparison.read(results / "comparison.json")
@@ -48,6 +51,8 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     if beside := chunk_results.read_beside(comparison, results / CHUNKS_JSON):
         found |= chunk_results.parts(*beside)
     found |= policy_results.parts(policy_results.PolicyResults.read(results / policy_results.POLICIES_JSON))
+    loop = results / policy_loop_results.POLICY_LOOP_JSON
+    found |= policy_loop_results.parts(policy_loop_results.PolicyLoopResults.read(loop) if loop.exists() else None)
     for source, parts in (("calibration", study_report.parts(study)), ("rollout", rollout_report.parts(rollout.tasks))):
         found |= {f"{source} {name}": part for name, part in parts.items()}
     return {name: as_markdown(part) for name, part in found.items()}

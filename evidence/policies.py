@@ -10,6 +10,7 @@ Trained with the mean cross-entropy of the tokens; it always says the likeliest 
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,14 +66,24 @@ class Block(nn.Module):
         self.attention, self.mixed = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [n, places, width]."""
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [n, places, width] of the last places; before: what this gave second for those before them.
+
+        What it makes of x, and the keys and values [2, n, heads, places so far, width / heads].
+        """
         parts = self.attention(self.before_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         share = self.dropout if self.training else 0.0
-        queries, keys, values = parts
-        seen = functional.scaled_dot_product_attention(queries, keys, values, dropout_p=share, is_causal=True)
+        queries, kept = parts[0], parts[1:] if before is None else torch.cat((before, parts[1:]), dim=3)
+        places, known = queries.shape[2], kept.shape[3]
+        # A single place sees all that is there, and places that are the first see a triangle.
+        mask = None
+        if 1 < places < known:
+            mask = torch.ones(places, known, dtype=torch.bool, device=x.device).tril(known - places)
+        seen = functional.scaled_dot_product_attention(
+            queries, kept[0], kept[1], attn_mask=mask, dropout_p=share, is_causal=places == known
+        )
         x = x + functional.dropout(self.mixed(seen.transpose(1, 2).flatten(-2)), share)
-        return x + functional.dropout(self.layers(self.before_layers(x)), share)
+        return x + functional.dropout(self.layers(self.before_layers(x)), share), kept
 
 
 class TokenPolicy(nn.Module):
@@ -98,10 +109,15 @@ class TokenPolicy(nn.Module):
         words = self.words(tokens.clamp(min=0))
         words = torch.cat((words[:, : self.shown], torch.zeros_like(words[:, self.shown :])), dim=1)
         x = torch.cat((self.see(context).unsqueeze(1), words), dim=1) + self.places[: words.shape[1] + 1]
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        return self._logits(x, [None] * len(self.blocks))[0]
+
+    def _logits(self, x: Tensor, before: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+        """Of the last places x [n, places, width], and what each block kept; before: what it had kept."""
+        kept = []
+        for block, had in zip(self.blocks, before, strict=True):
+            x, has = block(x, had)
+            kept.append(has)
+        return self.head(self.norm(x)), kept
 
     def loss(self, context: Tensor, tokens: Tensor) -> Tensor:
         """Weighted mean cross-entropy [] of tokens [n, num_tokens], those that are NOTHING left out."""
@@ -111,16 +127,25 @@ class TokenPolicy(nn.Module):
         return (found * weights.flatten()).sum() / weights.sum()
 
     @torch.inference_mode()
-    def say(self, context: Tensor) -> Tensor:
-        """The likeliest tokens [n, num_tokens], one after the other as far as they are shown, the others at once."""
-        tokens = torch.zeros(len(context), 0, dtype=torch.long, device=context.device)
-        while tokens.shape[1] < self.num_tokens:
-            place = tokens.shape[1]
-            asked = 1 if place < self.shown else self.num_tokens - place
-            hidden = torch.zeros(len(context), asked - 1, dtype=torch.long, device=context.device)
-            logits = self(context, torch.cat((tokens, hidden), dim=1))
-            tokens = torch.cat((tokens, logits[:, place:].argmax(dim=-1)), dim=1)
-        return tokens
+    def say(self, context: Tensor, count: int | None = None) -> Tensor:
+        """The likeliest tokens [n, count], one after the other as far as they are shown, the others at once.
+
+        count: of the first tokens; None says all of them.
+        """
+        count = self.num_tokens if count is None else count
+        said: list[Tensor] = []
+        kept: list[Tensor | None] = [None] * len(self.blocks)
+        x = self.see(context).unsqueeze(1) + self.places[:1]
+        for place in range(min(self.shown, count - 1) + 1):
+            if place == self.shown:
+                # The rest at once, which does not see itself either.
+                x = torch.cat((x, self.places[place + 1 : count].expand(len(context), -1, -1)), dim=1)
+            logits, found = self._logits(x, kept)
+            kept = list(found)
+            said.append(logits.argmax(dim=-1))
+            if place + 1 < count:
+                x = self.words(said[-1]) + self.places[place + 1]
+        return torch.cat(said, dim=1)
 
 
 class RegressionPolicy(TokenPolicy):
@@ -133,20 +158,42 @@ class RegressionPolicy(TokenPolicy):
         """tokens: chunks [n, N]."""
         return functional.mse_loss(self.say(context), tokens)
 
-    def say(self, context: Tensor) -> Tensor:
-        """Chunks [n, N]."""
+    def say(self, context: Tensor, count: int | None = None) -> Tensor:
+        """Chunks [n, N]; there are no tokens to count."""
+        del count
         logits: Tensor = self(context, torch.zeros(len(context), 0, dtype=torch.long, device=context.device))
         return logits[:, 0]
 
 
-def train_policy(policy: TokenPolicy, contexts: Tensor, targets: Tensor, seed: int) -> float:
-    """Train on contexts [n, C] and targets, one row for each, on their device: the last steps' mean loss."""
+def policy_of(context_size: int, vocabulary: int | None, size: int, config: PolicyConfig) -> TokenPolicy:
+    """Untrained. vocabulary: None where it says actions; size: how many tokens, or values, a chunk has."""
+    if vocabulary is None:
+        return RegressionPolicy(context_size, size, config)
+    return TokenPolicy(context_size, vocabulary, size, config)
+
+
+def _unwatched(steps: int, loss: Tensor) -> None:
+    del steps, loss
+
+
+def train_policy(
+    policy: TokenPolicy,
+    contexts: Tensor,
+    targets: Tensor,
+    seed: int,
+    watch: Callable[[int, Tensor], None] = _unwatched,
+) -> float:
+    """Train on contexts [n, C] and targets, one row for each, on their device: the last steps' mean loss.
+
+    watch: told after each step how many there were, and their mean loss [], to read which is to wait for the GPU.
+    """
     config, device = policy.config, contexts.device
     generator = torch.Generator(device=device).manual_seed(seed)
     rows = torch.zeros(config.batch, dtype=torch.long, device=device)
     rate, loss = torch.zeros((), device=device), torch.zeros((), device=device)
+    # Fused: policies that share a GPU wait for each other's kernels, however small.
     optimiser = torch.optim.AdamW(
-        policy.parameters(), rate, weight_decay=config.weight_decay, capturable=device.type == "cuda"
+        policy.parameters(), rate, weight_decay=config.weight_decay, fused=True, capturable=device.type == "cuda"
     )
 
     def step() -> None:
@@ -163,5 +210,6 @@ def train_policy(policy: TokenPolicy, contexts: Tensor, targets: Tensor, seed: i
         rows.copy_(torch.randint(len(contexts), (config.batch,), generator=generator, device=device))
         rate.fill_(config.rate(index))
         run()
+        watch(index + 1, loss)
     policy.eval()
     return float(loss)

@@ -30,7 +30,7 @@ from torch import Tensor
 from rfsq.calibration.chunk_windows import windows
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.networks import NetworkRecipe
-from rfsq.evidence.policies import PolicyConfig, RegressionPolicy, TokenPolicy, train_policy
+from rfsq.evidence.policies import PolicyConfig, policy_of, train_policy
 from rfsq.evidence.policy_results import AUTOREGRESSIVE, POLICIES_JSON, PolicyReport, PolicyResults, PrefixReport, table
 from rfsq.evidence.policy_tokens import PolicyTokens, all_tokens, contexts
 from rfsq.evidence.results import Spread
@@ -81,11 +81,7 @@ def said(job: PolicyJob) -> tuple[int, int, npt.NDArray[np.generic]]:
         torch.cuda.set_device(job.device)
     torch.manual_seed(job.seed)
     seen, targets, asked = (torch.from_numpy(part).to(job.device) for part in (job.seen, job.targets, job.asked))
-    if job.vocabulary is None:
-        policy: TokenPolicy = RegressionPolicy(seen.shape[1], targets.shape[1], job.config)
-    else:
-        policy = TokenPolicy(seen.shape[1], job.vocabulary, targets.shape[1], job.config)
-    policy.to(job.device)
+    policy = policy_of(seen.shape[1], job.vocabulary, targets.shape[1], job.config).to(job.device)
     train_policy(policy, seen, targets, job.seed)
     with torch.inference_mode():
         answers = torch.cat([policy.say(part) for part in torch.split(asked, _ASKED)])
@@ -185,7 +181,7 @@ def run_study(study: Study, config: PolicyConfig, seeds: Sequence[int], workers:
     devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     jobs, results = study.jobs(config, seeds, devices), None
-    for place, seed, answers in in_processes(said, jobs, workers, _prepare):
+    for place, seed, answers in in_processes(said, jobs, workers, prepare):
         print(study.add(place, seed, answers), flush=True)
         results = study.results(config, name)
         results.write(output)
@@ -194,7 +190,7 @@ def run_study(study: Study, config: PolicyConfig, seeds: Sequence[int], workers:
     return results
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Other jobs have the other cores; on a GPU products are three times as fast so."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")

@@ -23,15 +23,28 @@ def in_processes(
 ) -> Iterator[_Result]:
     """What `work` makes of each job, each as soon as it is done.
 
-    start: called at the beginning of every process. Raises EvidenceError when a process dies.
+    start: called at the beginning of every process. A job that fails says so at once on standard error; jobs that run
+    are waited for and given, no other begins, and then its error is raised: EvidenceError when a process dies.
     """
     # Spawned: a forked process would share torch's threads and the simulator's native state.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), partial(_begin, start))
+    failed: BaseException | None = None
     try:
         futures = [pool.submit(work, job) for job in jobs]
         # What a process finished before another died comes first.
         for future in as_completed(futures):
-            yield future.result()
+            if future.cancelled():
+                continue
+            error = future.exception()
+            if error is None:
+                yield future.result()
+            elif failed is None:
+                failed = error
+                print(f"a job failed: {error!r}; those that run are waited for", file=sys.stderr, flush=True)
+                for other in futures:
+                    other.cancel()
+        if failed is not None:
+            raise failed
     except BrokenProcessPool as error:
         raise EvidenceError(
             "a worker process died, perhaps for want of memory. What is finished is kept: start again, and it goes on "

@@ -179,7 +179,7 @@ def _bit_sources(plan: ChunkPlan) -> tuple[npt.NDArray[np.int32], Float32Array]:
     sizes, latents, blocks = plan.sizes, plan.num_latents, num_blocks(plan.sizes)
     places = np.zeros((sizes.num_classes, sizes.class_bits + sizes.code_bits), np.int32)
     scales = np.zeros(places.shape, np.float32)
-    rank = ranks(torch.from_numpy(plan.order), latents).numpy()
+    rank = ranks(torch.from_numpy(plan.order)).numpy()
     places[:-1, sizes.class_bits :] = plan.order
     scales[:-1, sizes.class_bits :] = 2.0 ** (rank + 1 - MOST_BITS)
     words = np.repeat(np.arange(blocks), BLOCK_BITS)
@@ -261,7 +261,7 @@ def _bit_positions(plan: ChunkPlan) -> npt.NDArray[np.int32]:
     """Where among the bits of all tokens those of each latent stand, int32 [C - 1, M, R], the highest first, R the most
     that a latent has; where it has fewer, the first bit behind the last token."""
     sizes = plan.sizes
-    rank = ranks(torch.from_numpy(plan.order), plan.num_latents).numpy()
+    rank = ranks(torch.from_numpy(plan.order)).numpy()
     shape = (sizes.escape, plan.num_latents, int(rank.max(initial=0)) + 1)
     positions = np.full(shape, sizes.num_tokens * sizes.token_bits, np.int32)
     classes = np.arange(sizes.escape)[:, None]

@@ -121,7 +121,7 @@ class ChunkConstants:
             raise SettingsError("every weight must be 0 or more: fit again")
         if not 1 <= latents <= sizes.num_values or not (self.scale > 0).all() or not (self.gain > 0).all():
             raise SettingsError("every scale and gain must be positive, and there are at most T * A latents: fit again")
-        bits = torch.nn.functional.one_hot(self.order.clamp(0, latents - 1), latents).sum(dim=1)
+        bits = bit_counts(self.order.clamp(0, latents - 1), latents)
         if self.order.min() < 0 or self.order.max() >= latents or bits.max() > MOST_BITS:
             raise SettingsError(
                 f"order names latents from 0 to {latents - 1}, each at most {MOST_BITS} times: fit again"
@@ -153,12 +153,10 @@ class ChunkCode(nn.Module):
         for name in ("mean", "basis", "scale", "gain", "order", "weights"):
             self.register_buffer(name, getattr(constants, name).clone(), persistent=False)
         latents = constants.scale.shape[-1]
-        self.register_buffer("rank", ranks(constants.order, latents), persistent=False)
+        self.register_buffer("rank", ranks(constants.order), persistent=False)
         # Of the bits at each budget, how many each latent has got: [budgets, C - 1, M].
-        chosen = torch.nn.functional.one_hot(constants.order, latents)
-        self.register_buffer(
-            "counts", torch.stack([chosen[:, :bits].sum(dim=1) for bits in self.budget_bits]), persistent=False
-        )
+        counts = [bit_counts(constants.order[:, :bits], latents) for bits in self.budget_bits]
+        self.register_buffer("counts", torch.stack(counts), persistent=False)
 
     @property
     def budget_bits(self) -> tuple[int, ...]:
@@ -327,10 +325,17 @@ def cell_middles(y: Tensor, bits: Tensor | int) -> Tensor:
     return ((torch.floor(y * half) + 0.5) / half).clamp(-1 + 0.5 / half, 1 - 0.5 / half)
 
 
-def ranks(order: Tensor, num_latents: int) -> Tensor:
+def bit_counts(order: Tensor, num_latents: int) -> Tensor:
+    """How many of the bits that refine latents in this order [C, j] each latent gets: [C, num_latents]."""
+    counts = torch.zeros(len(order), num_latents, dtype=torch.long, device=order.device)
+    return counts.scatter_add_(1, order, torch.ones_like(order))
+
+
+def ranks(order: Tensor) -> Tensor:
     """How many bits the latent of each entry of order [C, j] has got before: [C, j]."""
-    chosen = torch.nn.functional.one_hot(order, num_latents)
-    return (chosen.cumsum(dim=1) - chosen).gather(-1, order.unsqueeze(-1)).squeeze(-1)
+    by_latent, places = order.sort(dim=1, stable=True)
+    behind_first = torch.arange(order.shape[1], device=order.device) - torch.searchsorted(by_latent, by_latent)
+    return torch.empty_like(order).scatter_(1, places, behind_first)
 
 
 @cache

@@ -1,11 +1,13 @@
 """Chunk tokens in the robot's units: a normaliser around a chunk code."""
 
+import torch
 from torch import Tensor
 
 from rfsq.rfsq_ref.autoencoder import InRobotUnits
 from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkConstants, ChunkSizes
 from rfsq.rfsq_ref.errors import SettingsError
 from rfsq.rfsq_ref.normaliser import Normaliser
+from rfsq.runtime.bundle.arrays import last_rounding
 
 
 class ChunkTokenizer(InRobotUnits):
@@ -42,5 +44,6 @@ class ChunkTokenizer(InRobotUnits):
 
     def bound(self, num_tokens: int) -> Tensor:
         """The most by which each dimension [A] errs, in the robot's units, of actions that are normalised to [-1, 1];
-        for numbers of tokens in `code.budgets`."""
-        return self.code.bound(num_tokens) * self.units
+        for numbers of tokens in `code.budgets`. The last rounding counts, to a float32 in the robot's units."""
+        rounding = torch.from_numpy(last_rounding(self.offset.cpu(), self.units.cpu()))
+        return self.code.bound(num_tokens) * self.units.double().cpu() + rounding

@@ -298,6 +298,7 @@ class Expert(ABC):
         goal = style.gripper_level if phase.closed else -style.gripper_level
         self._gripper += 0.6 * (goal - self._gripper)
         clean = np.concatenate([move, turn, [self._gripper]])
+        self.intended = np.clip(clean, -1.0, 1.0).astype(np.float32)
         noisy = clean + phase.noise * style.noise * self._noise.step()
         return np.clip(noisy, -1.0, 1.0).astype(np.float32)
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.runtime.bundle.models import LARGEST_UNIT, LEAST_UNIT
 from rfsq.runtime.bundle.paths import as_path, counted, shortlist
 from rfsq.runtime.bundle.reading import build, read_json
 
@@ -52,6 +53,12 @@ class Normaliser:
                 f"normaliser offset {shortlist(self.offset)} and scale {shortlist(self.scale)}; expected finite "
                 "float32 numbers, and every scale positive: fit it again or correct the file"
             )
+        for dimension, unit in enumerate(self.scale):
+            if not LEAST_UNIT <= unit <= LARGEST_UNIT:
+                raise DataError(
+                    f"dimension {dimension} lies around {self.offset[dimension]:.3g}, within {unit:.3g}; expected a "
+                    f"scale from {LEAST_UNIT:g} to {LARGEST_UNIT:g}, which a bundle holds: use other units"
+                )
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind.value, "offset": list(self.offset), "scale": list(self.scale)}

@@ -54,6 +54,7 @@ NOT_RUN = {
     r"python evidence/documents.py": "writes into the docs; tests/evidence/test_documents.py does all else",
     r"python evidence/train_peers.py": "needs a GPU, for minutes; tests/evidence/test_chunk_comparison.py is quicker",
     r"python evidence/policy_study.py": "needs a GPU, for minutes; tests/evidence/test_policy_study.py is quicker",
+    r"python evidence/policy_loop.py": "needs a GPU and the simulator; tests/evidence/test_policy_loop.py is quicker",
     r"python evidence/compare_chunks.py": "minutes; tests/evidence/test_chunk_comparison.py is quicker",
     r"python -m tests\.parity": "take many minutes; tests/parity/test_sizes.py is quicker",
     r"python examples/control_loop.py": "judges its timing; tests/examples/test_control_loop.py runs it",

@@ -409,10 +409,20 @@ static void decode_escape(int num_bits, const int32_t *restrict tokens, float *r
         x[n] = (float)(2 * cells[n] + 1) / (float)levels[n] - 1;
 }
 
+/*
+ * A class, whatever the token holds. It is read once: where another thread writes tokens after they were checked, what is
+ * compared with ESCAPE is still what finds the tables. Of all other tokens single bits are taken, of which any will do.
+ */
+static inline int class_of(const int32_t *first_token)
+{
+    const uint32_t word = (uint32_t)*(const volatile int32_t *)first_token;
+    return (int)(word >> (TOKEN_BITS - CLASS_BITS) & ((1u << CLASS_BITS) - 1));
+}
+
 static void decode_chunk(int num_tokens, const int32_t *restrict tokens, float *restrict actions)
 {
     _Alignas(64) float x[ROWS];
-    const int class = tokens[0] >> (TOKEN_BITS - CLASS_BITS);
+    const int class = class_of(tokens);
     if (class < ESCAPE)
         decode_class(class, num_tokens, tokens, x);
     else

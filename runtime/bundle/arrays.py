@@ -26,6 +26,16 @@ def unravel(position: int | np.intp, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(part) for part in np.unravel_index(position, shape))
 
 
+def last_rounding(offset: npt.ArrayLike, units: npt.ArrayLike) -> Float64Array:
+    """The most by which float32 rounds actions in offset ± units, [A] each: half a step at the farther end.
+
+    >>> last_rounding([0.0, 1e6], [1.0, 1.0]).tolist()
+    [5.960464477539063e-08, 0.03125]
+    """
+    farthest = np.abs(np.asarray(offset, np.float64)) + np.asarray(units, np.float64)
+    return np.spacing(farthest.astype(np.float32)).astype(np.float64) / 2
+
+
 class Codes(NamedTuple):
     """Tokens int32 [..., D, l], and float32 [..., l, 2], the stats beside them, where the bundle has any."""
 

@@ -26,7 +26,7 @@ from .manifest import (
     graph_tensors,
     parse_manifest,
 )
-from .models import ChunkModel, ModelEntry
+from .models import LARGEST_UNIT, LEAST_UNIT, ChunkModel, ModelEntry
 from .paths import as_path
 from .reading import OpenFolder, UnfitFileError
 
@@ -38,9 +38,6 @@ MANIFEST_SIZE_LIMIT = 4 * 2**20
 _FILE_SIZE_LIMIT, _TOTAL_SIZE_LIMIT, _MOST_FILES = 2**29, 2**30, 1000
 #: What every build runs, and the device that it runs on.
 GRAPHS_PROVEN_ON = ("onnxruntime", "CPU")
-#: Physical units per normalised one, from picometres in metres to encoders of many turns. Errors are judged in
-#: normalised units: with units too large, no error would be one.
-_LEAST_UNIT, _LARGEST_UNIT = 1e-12, 1e12
 #: Float32 has 24 bits: farther from zero than so many units, two neighbours are a unit apart.
 _MOST_OFFSET = 2.0**24
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -221,8 +218,8 @@ def _model_problems(model: ModelEntry) -> Iterator[str]:
         values = getattr(model, name)
         if len(values) != model.action_dim:
             yield f"{name} are {list(values)} for {model.action_dim} dimensions"
-    if not all(_LEAST_UNIT <= unit <= _LARGEST_UNIT for unit in model.action_units):
-        yield f"action_units are {list(model.action_units)}, not all between {_LEAST_UNIT:g} and {_LARGEST_UNIT:g}"
+    if not all(LEAST_UNIT <= unit <= LARGEST_UNIT for unit in model.action_units):
+        yield f"action_units are {list(model.action_units)}, not all between {LEAST_UNIT:g} and {LARGEST_UNIT:g}"
     ranges = list(zip(model.action_offset, model.action_units, strict=False))
     if not all(abs(offset) <= _MOST_OFFSET * unit for offset, unit in ranges):
         yield f"action_offset are {list(model.action_offset)}, where float32 does not tell units apart"

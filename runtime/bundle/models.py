@@ -16,6 +16,9 @@ from typing import Literal
 from .errors import InvalidInputError
 from .modes import Mode, StepMode
 
+#: Physical units per normalised one, from picometres in metres to encoders of many turns. Errors are judged in
+#: normalised units: with units too large, no error would be one.
+LEAST_UNIT, LARGEST_UNIT = 1e-12, 1e12
 #: Least and largest sizes of a model of per-step tokens; beyond 2**24, float32 does not tell the levels of a grid
 #: apart. A real model is far smaller, and a file that states more would take all memory before anything else is seen
 #: to be wrong with it.

@@ -14,6 +14,8 @@ from .errors import InvalidInputError, OutputExistsError
 LINKS_IN_A_CIRCLE = "its symbolic links lead in a circle; put in their place what they should lead to"
 #: What a file system answers that keeps no names to be forced to the disk, as some on networks do.
 _NOTHING_TO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+#: What `refuse_existing` found free. A file that has appeared there since is another process's, and is not replaced.
+_FOUND_FREE: set[Path] = set()
 
 
 def as_path(path: str | os.PathLike[str], name: str = "path", error: type[Exception] = InvalidInputError) -> Path:
@@ -45,8 +47,9 @@ def as_path(path: str | os.PathLike[str], name: str = "path", error: type[Except
 def refuse_existing(files: Iterable[Path], *, overwrite: bool, folders: Iterable[Path] = ()) -> None:
     """The rule of every command that writes: what is there stays, unless `--overwrite` is given.
 
-    Called before the work begins, with every file and folder that it will write; makes nothing. Raises
-    OutputExistsError where one is there, and InvalidInputError where one could not be written.
+    Called before the work begins, with every file and folder that it will write; makes nothing. `replacing` looks
+    again when the work is done, since two commands may have been started with one name. Raises OutputExistsError where
+    one is there, and InvalidInputError where one could not be written.
     """
     files, folders = list(files), list(folders)
     for path in files:
@@ -59,6 +62,8 @@ def refuse_existing(files: Iterable[Path], *, overwrite: bool, folders: Iterable
     if found:
         verb, them = ("exists", "it") if len(found) == 1 else ("exist", "them")
         raise OutputExistsError(f"{shortlist(found)} {verb}; give another name, or --overwrite to replace {them}")
+    free = {path.absolute() for path in files}
+    _FOUND_FREE.update(free) if not overwrite else _FOUND_FREE.difference_update(free)
 
 
 def _refuse_unwritable(path: Path) -> None:
@@ -73,8 +78,10 @@ def _refuse_unwritable(path: Path) -> None:
 def replacing(path: Path, *, is_synced: bool = False, error: type[Exception] | None = None) -> Iterator[Path]:
     """A temporary sibling to write; it takes the file's place when all went well, and is gone when not.
 
-    The folder is made if missing; until the end the old file stays whole. is_synced: the content is on the disk before
-    it takes the name. Raises `error`, with what to do, where the file cannot be written; OSError where it is None.
+    The folder is made if missing, and goes again with a file that failed; until the end the old file stays whole.
+    is_synced: the content is on the disk before it takes the name. Raises `error`, with what to do, where the file
+    cannot be written, OSError where it is None; OutputExistsError where `refuse_existing` had found nothing there, and
+    now there is.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -85,12 +92,15 @@ def replacing(path: Path, *, is_synced: bool = False, error: type[Exception] | N
     '1 2 3'
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+    made: list[Path] = []
     try:
+        made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if is_synced:
             sync(temporary)
-        temporary.replace(path)
+        _publish(temporary, path)
+        made = []
     except OSError as refusal:
         if error is None:
             raise
@@ -101,6 +111,29 @@ def replacing(path: Path, *, is_synced: bool = False, error: type[Exception] | N
         # Where the folder itself is the trouble, looking for the file fails as well.
         with suppress(OSError):
             temporary.unlink()
+        with suppress(OSError):
+            # Up to the first that somebody has written into.
+            for folder in made:
+                folder.rmdir()
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Raises OutputExistsError, OSError."""
+    if path.absolute() not in _FOUND_FREE:
+        temporary.replace(path)
+        return
+    try:
+        # Unlike a rename, it replaces nothing.
+        path.hardlink_to(temporary)
+    except OSError as refusal:
+        # Where the file system has no links, there is a moment between looking and renaming.
+        if isinstance(refusal, FileExistsError) or os.path.lexists(path):
+            raise OutputExistsError(
+                f"{path} was written by another process meanwhile, and is kept; what was made here is not: give "
+                "another name, or --overwrite to replace it"
+            ) from None
+        temporary.replace(path)
+    _FOUND_FREE.discard(path.absolute())
 
 
 def sync(path: Path) -> None:

@@ -114,13 +114,19 @@ class InputValidator:
             array = native("actions", array, (_FLOAT32,))
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.require(array, requirements=["C", "A"])
-        if len(array) > unchecked and array.size:
-            limit = self._action_limit
-            # A NaN is the maximum of any array that holds one, and no comparison with it is true.
-            if not (np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit):
-                expected = f"finite numbers of at most {limit:.3g}, beyond which float32 overflows in the encoder"
-                refuse_first("actions", array, np.abs(array) <= limit, expected)
+        if len(array) > unchecked:
+            self.check_actions(array)
         return array
+
+    def check_actions(self, array: Float32Array) -> None:
+        """Raises InvalidInputError for the first action, at its place in any array, that no encoder takes."""
+        limit = self._action_limit
+        # A NaN is the maximum of any array that holds one, and no comparison with it is true.
+        if array.size and not (
+            np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit
+        ):
+            expected = f"finite numbers of at most {limit:.3g}, beyond which float32 overflows in the encoder"
+            refuse_first("actions", array, np.abs(array) <= limit, expected)
 
     def tokens(self, tokens: object, *, unchecked: int = 0) -> Int32Array:
         """int32 or int64 [B, T, D, l] (uint8 too) or [B, l] (uint16 too); as C-contiguous native int32.
@@ -138,17 +144,18 @@ class InputValidator:
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.require(array, requirements=["C", "A"])
         is_int32 = array.dtype == _INT32
+        if len(array) > unchecked or not is_int32:
+            self.check_tokens(array)
+        return array if is_int32 else array.astype(_INT32)
+
+    def check_tokens(self, array: AnyArray) -> None:
+        """Raises InvalidInputError for the first token, at its place in any array of a type taken, that is illegal."""
+        values = self._vocabulary
         # As unsigned numbers, negative ones are the largest: one pass finds both kinds of wrong value.
-        if (
-            (len(array) > unchecked or not is_int32)
-            and array.size
-            and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= self._vocabulary
-        ):
-            values = self._vocabulary
+        if array.size and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= values:
             named = "levels of this bundle" if self._token_grid else "words of this bundle's vocabulary"
             expected = f"0 ... {values - 1}, the {values} {named}"
             refuse_first("tokens", array, (array >= 0) & (array < values), expected)
-        return array if is_int32 else array.astype(_INT32)
 
     def stats(self, stats: object, tokens: Int32Array) -> Float32Array | None:
         """float32 [B, T, l, 2] that encoding can give, for `dynamic` bundles; None for all others.

@@ -18,6 +18,7 @@ from ..bundle.arrays import AnyArray, Float32Array, Int32Array
 from ..bundle.models import ModelEntry
 from ..bundle.paths import as_path, replacing
 from ..bundle.reading import regular_file
+from ..bundle.validation import token_types
 from .config import Status
 from .errors import FlightRecordError
 from .result import NONE_YET, RUN_OUT, LoopState, TickOutcome
@@ -80,6 +81,7 @@ class FlightRecorder:
         self._stats = np.zeros((size, math.prod(model.stats_shape(1)) * model.has_stats), np.float32)
         self._token_bytes, self._token_stride = _bytes_of(self._tokens), self._tokens.strides[0]
         self._stats_bytes, self._stats_stride = _bytes_of(self._stats), self._stats.strides[0]
+        self._token_types = token_types(model)
         #: Shapes of tokens, and of the stats beside them, with the length of the last axis of tokens.
         self._depths = {model.tokens_shape(1, count): count for count in range(1, model.depth + 1)}
         self._stats_depths = {model.stats_shape(1, count): count for count in self._depths.values() if model.has_stats}
@@ -106,19 +108,19 @@ class FlightRecorder:
         token_state = layers = stats_state = ABSENT
         if tokens is not None:
             token_state = UNKEPT
-            depth = self._depths.get(tokens.shape) if isinstance(tokens, _Array) else None
-            if depth is not None:
-                legal = tokens if tokens.dtype is _INT32 else _as_int32(tokens)
-                if legal is not None:
-                    layers, token_state = depth, KEPT
-                    given, place = legal.tobytes(), index * self._token_stride
-                    self._token_bytes[place : place + len(given)] = given
+            # What the loop refuses by its form is not kept, or a replay would accept it as the int32 in the record.
+            depth = self._depths.get(tokens.shape) if type(tokens) is _Array else None
+            if depth is not None and tokens.dtype in self._token_types:
+                layers, token_state = depth, KEPT
+                given = (tokens if tokens.dtype is _INT32 else _as_int32(tokens)).tobytes()
+                place = index * self._token_stride
+                self._token_bytes[place : place + len(given)] = given
         if stats is not None and tokens is not None:
             stats_state = UNKEPT
-            depth = self._stats_depths.get(stats.shape) if isinstance(stats, _Array) else None
-            if depth is not None and depth == layers and stats.dtype == _FLOAT32:
+            depth = self._stats_depths.get(stats.shape) if type(stats) is _Array else None
+            if depth is not None and depth == layers and stats.dtype.newbyteorder("=") == _FLOAT32:
                 stats_state = KEPT
-                given, place = stats.tobytes(), index * self._stats_stride
+                given, place = stats.astype(_FLOAT32, copy=False).tobytes(), index * self._stats_stride
                 self._stats_bytes[place : place + len(given)] = given
         # Named one by one: making a tuple of them takes longer.
         (tick, begin), (sequence, observed, service_layers, start) = state.line, state.service
@@ -177,10 +179,8 @@ class FlightRecord:
         return _cut(self.stats[index], (1, steps, layers, 2)).copy()
 
 
-def _as_int32(tokens: AnyArray) -> Int32Array | None:
-    if tokens.dtype.kind not in "iu":
-        return None
-    # Clipped, since an illegal token of a wider type could wrap around to a legal one.
+def _as_int32(tokens: AnyArray) -> Int32Array:
+    # Clipped, since an illegal int64 could wrap around to a legal token.
     return np.clip(tokens.astype(np.int64), -1, 2**31 - 1).astype(np.int32)
 
 

@@ -132,10 +132,8 @@ def plan(
     content: Content = "actions" if options.decode else "tokens"
     rows, block = options.steps_per_file or model.sizes(content).rows, model.sizes(content).block
     if rows % HASH_STEPS or (rows > block and rows % block):
-        raise InvalidInputError(
-            f"--steps-per-file is {rows}; expected a multiple of {block}, or of {HASH_STEPS} where it is smaller than "
-            "that"
-        )
+        smaller = f", or a smaller multiple of {HASH_STEPS}" if block > HASH_STEPS else ""
+        raise InvalidInputError(f"--steps-per-file is {rows}; expected a multiple of {block}{smaller}")
     job = Job(
         source=source,
         key=options.key or "",

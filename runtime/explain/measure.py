@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle.arrays import Float32Array, Float64Array, Int32Array
+from ..bundle.arrays import Float32Array, Float64Array, Int32Array, last_rounding
 from ..bundle.fidelity import Grade, fidelity
 from ..bundle.models import ChunkModel, ModelEntry
 from ..tokenizer import ActionTokenizer, codes_of
@@ -48,11 +48,11 @@ class ShownClass:
 class Explanation:
     """What a page shows of a bundle, with P prefixes, on some data.
 
-    bits: of a step, [P]; bounds: the most by which a value in the calibrated range errs, in normalised units, for the
-    prefixes that have a bound; largest: of each dimension in the data, [A]; median, p99: of the chunks' RMS errors over
-    all counted ones, [P], normalised; grades: what each prefix is worth on all counted ones, as a build grades it;
-    position_unit: metres that 1 is in the first three dimensions, or None;
-    counted: chunks that median and p99 are of; num_chunks: of the data.
+    bits: of a step, [P]; bounds: the most by which a value in the calibrated range errs, rounded to float32 at the end,
+    in normalised units, for the prefixes that have a bound; largest: of each dimension in the data, [A]; median, p99:
+    of the chunks' RMS errors over all counted ones, [P], normalised; grades: what each prefix is worth on all counted
+    ones, as a build grades it; position_unit: metres that 1 is in the first three dimensions, or None; counted: chunks
+    that median and p99 are of; num_chunks: of the data.
     """
 
     names: tuple[str, ...]
@@ -131,7 +131,11 @@ def _grade(model: ModelEntry, actions: Float64Array, decoded: Float64Array) -> G
 
 
 def _bounds(model: ModelEntry) -> dict[int, float]:
-    return dict(zip(model.budgets, model.bounds, strict=True)) if isinstance(model, ChunkModel) else {}
+    if not isinstance(model, ChunkModel):
+        return {}
+    # Behind the code comes the rounding to float32 in the robot's units, much of a unit far from zero.
+    rounding = float((last_rounding(model.action_offset, model.action_units) / model.action_units).max())
+    return {budget: bound + rounding for budget, bound in zip(model.budgets, model.bounds, strict=True)}
 
 
 def _classes(

@@ -19,7 +19,7 @@ from ..bundle.checkpoint_layouts import compare_config, recorded_weights
 from ..bundle.checkpoint_states import states_in
 from ..bundle.errors import FingerprintError, InvalidInputError
 from ..bundle.models import StepModel
-from ..bundle.validation import InputValidator
+from ..bundle.validation import InputValidator, check_prefix
 from .adapter_calls import StepCall, checked_indices, uncompiled
 from .module import BundleModule
 
@@ -85,6 +85,7 @@ class ActionRFSQAE(BundleModule):
         decode alone, and UnbuiltPrefixError for an l that was not built.
         """
         indices = checked_indices(indices, self._model)
+        check_prefix(tuple(indices.shape), self._model)
         call = self._call_for(indices, trailing=2)
         tokens = call.tokens(indices, self.num_levels)
         chunks = call.chunks(tokens)
@@ -92,7 +93,7 @@ class ActionRFSQAE(BundleModule):
         try:
             call.tokenizer.decode_into(call.array(chunks), call.array(actions), stream=call.stream())
         except InvalidInputError:
-            call.refuse_in_place(InputValidator.tokens, tokens)
+            call.refuse_in_place(InputValidator.check_tokens, tokens)
             raise
         return call.result(actions)
 
@@ -121,7 +122,7 @@ class ActionRFSQAE(BundleModule):
         try:
             call.tokenizer.encode_into(call.array(chunks), call.array(tokens), call.array(stats), stream=call.stream())
         except InvalidInputError:
-            call.refuse_in_place(InputValidator.actions, x)
+            call.refuse_in_place(InputValidator.check_actions, x)
             raise
         return tokens, stats
 

@@ -10,7 +10,6 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,9 +30,10 @@ _LOG = logging.getLogger(__name__)
 _Self = TypeVar("_Self")
 _Result = TypeVar("_Result")
 
-_TAKEN_BY_TOKENIZER = (torch.int32, torch.int64, torch.uint8)
+_TAKEN_BY_EVERY_TOKENIZER = (torch.int32, torch.int64)
 _WIDER = {
     torch.int8: torch.int32,
+    torch.uint8: torch.int32,
     torch.int16: torch.int32,
     torch.uint16: torch.int32,
     torch.uint32: torch.int64,
@@ -244,7 +244,13 @@ class Call:
         """Indices in a type that the tokenizer takes."""
         if self._is_on_gpu:
             return narrowed(indices, num_levels)
-        return indices if indices.dtype in _TAKEN_BY_TOKENIZER else indices.to(_WIDER[indices.dtype])
+        taken = (*_TAKEN_BY_EVERY_TOKENIZER, getattr(torch, self.tokenizer.model.narrow_type))
+        return indices if indices.dtype in taken else indices.to(_WIDER[indices.dtype])
+
+    def refuse_in_place(self, check: Callable[[InputValidator, Any], object], tensor: Tensor) -> None:
+        """Refuse values that were refused in chunks again, by their place in the tensor; of a type that is taken."""
+        if not self.is_whole and not self._is_on_gpu:
+            check(InputValidator(self.tokenizer.model), tensor.detach().to(CPU).numpy())
 
 
 class StepCall(Call):
@@ -274,13 +280,6 @@ class StepCall(Call):
 
     def _as_given(self, chunks: Tensor) -> Tensor:
         return chunks.flatten(0, 1)[: self._num_steps].reshape(*self._leading, *chunks.shape[2:])
-
-    def refuse_in_place(self, check: Callable[[InputValidator, Any], object], tensor: Tensor) -> None:
-        """Refuse values that were refused in chunks again, by their place in the tensor that was given."""
-        if not self.is_whole and not self._is_on_gpu:
-            leading = self._leading if len(self._leading) == 2 else (1, self._num_steps)
-            given = tensor.detach().to(CPU).reshape(*leading, *tensor.shape[len(self._leading) :])
-            check(InputValidator(replace(self._model, chunk_length=leading[1])), given.numpy())
 
 
 def uncompiled(method: Callable[[_Self, Tensor], _Result]) -> Callable[[_Self, Tensor], _Result]:
@@ -363,13 +362,18 @@ def _peculiarity(value: Tensor) -> str | None:
 
 
 def checked_integers(name: str, value: object, model: ModelEntry) -> Tensor:
-    """Tokens of an integer type. Raises InvalidInputError for everything else."""
+    """Tokens of an integer type that holds all of this model's. Raises InvalidInputError for everything else."""
     indices = checked_tensor(name, value)
-    if indices.dtype not in (*_TAKEN_BY_TOKENIZER, *_WIDER):
+    if indices.dtype not in (*_TAKEN_BY_EVERY_TOKENIZER, *_WIDER):
         named = "levels" if isinstance(model, StepModel) else "tokens"
         raise InvalidInputError(
             f"{name} have type {indices.dtype}; expected integers, {named} 0 ... {model.vocabulary - 1}: take the "
             "argmax of logits, over their last axis"
+        )
+    if (most := torch.iinfo(indices.dtype).max) < model.vocabulary - 1:
+        raise InvalidInputError(
+            f"{name} have type {indices.dtype}, which holds no more than {most}, and this bundle's go up to "
+            f"{model.vocabulary - 1}: larger ones have become others; pass them in the type in which they were chosen"
         )
     return indices
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..bundle.advice import quoted
 from ..bundle.errors import InvalidInputError
 from ..bundle.models import StepModel
+from ..bundle.validation import InputValidator, check_prefix
 from .adapter_calls import Call, checked_integers, uncompiled
 from .module import BundleModule
 
@@ -57,22 +58,33 @@ class ChunkTokenizer(BundleModule):
         call = self._call_for(x, trailing=2)
         chunks = call.chunks(x.detach())
         tokens = call.empty((len(chunks), self.num_tokens), torch.int32)
-        call.tokenizer.encode_into(call.array(chunks), call.array(tokens), stream=call.stream())
+        try:
+            call.tokenizer.encode_into(call.array(chunks), call.array(tokens), stream=call.stream())
+        except InvalidInputError:
+            call.refuse_in_place(InputValidator.check_actions, x)
+            raise
         return call.result(tokens).long()
 
     @uncompiled
     def decode(self, tokens: Tensor) -> Tensor:
-        """The first l tokens of chunks, of any integer type [..., l], l from 1 to L -> actions float32 [..., T, A].
+        """The first l tokens of chunks, integers [..., l], l from 1 to L -> actions float32 [..., T, A].
 
-        `tokens[..., :8]` is such a beginning, as it lies. Raises InvalidInputError, UnbuiltPrefixError for another l.
+        Of any type that holds the vocabulary. `tokens[..., :8]` is such a beginning, as it lies. Raises
+        InvalidInputError, and UnbuiltPrefixError for another l.
         """
         tokens = checked_integers("tokens", tokens, self._engines.model)
         if not tokens.ndim:
             raise InvalidInputError("tokens have shape []; expected tokens [..., l]")
+        check_prefix(tuple(tokens.shape), self._engines.model)
         call = self._call_for(tokens, trailing=1)
-        chunks = call.chunks(call.tokens(tokens, self.vocabulary))
+        taken = call.tokens(tokens, self.vocabulary)
+        chunks = call.chunks(taken)
         actions = call.empty((len(chunks), self.chunk_length, self.action_dim), torch.float32)
-        call.tokenizer.decode_into(call.array(chunks), call.array(actions), stream=call.stream())
+        try:
+            call.tokenizer.decode_into(call.array(chunks), call.array(actions), stream=call.stream())
+        except InvalidInputError:
+            call.refuse_in_place(InputValidator.check_tokens, taken)
+            raise
         return call.result(actions)
 
     def _checked_chunks(self, x: object) -> Tensor:

@@ -24,7 +24,7 @@ from ..bundle.errors import (
     WrongLayerError,
 )
 from ..bundle.reading import coerce_fields
-from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of, native, refuse_first
+from ..bundle.validation import as_array_advice, kind_of, native, refuse_first
 
 if TYPE_CHECKING:
     from ..tokenizer import ActionTokenizer
@@ -55,20 +55,25 @@ class Vocabulary(ABC):
     """Frozen dataclasses extend it: which ids tokens have, and which stand where in the sequence of a chunk.
 
     special_ids: names and ids that are no tokens (bos, eos, pad, ...). fingerprint: of the tokenizer, or empty.
+    tokenizer_sizes: what `_SIZES` and `_VALUES` name, of that tokenizer; empty where nobody said. All but the first,
+    of which a policy may say fewer, have to be the same here.
     """
 
-    #: The field with the number of values that a token has, K; the fields that are sizes, 1 at least; n in letters.
+    #: The field with the number of values that a token has, K; the fields that are sizes, 1 at least; n in letters; the
+    #: type of few bytes that tokens may have.
     _VALUES: ClassVar[str]
     _SIZES: ClassVar[tuple[str, ...]]
     _LENGTH: ClassVar[str]
+    _NARROW: ClassVar[str]
 
     offset: int
     special_ids: tuple[tuple[str, int], ...]
     fingerprint: str
+    tokenizer_sizes: tuple[int, ...]
 
     def __post_init__(self) -> None:
         # JSON gives lists in place of tuples.
-        coerce_fields(self, VocabularyError)
+        coerce_fields(self, VocabularyError, _of_python)
         least = {**dict.fromkeys(self._SIZES, 1), self._VALUES: 2, "offset": 0}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
@@ -83,6 +88,13 @@ class Vocabulary(ABC):
         if self.ids.stop - 1 > _LARGEST_ID:
             raise VocabularyError(f"the last id would be {self.ids.stop - 1}, beyond int64; choose a smaller offset")
         self._check_special_ids()
+        for name, size in zip((*self._SIZES, self._VALUES), self.tokenizer_sizes, strict=False):
+            found, is_length = getattr(self, name), name == self._SIZES[0]
+            if found != size and not (is_length and found < size):
+                raise VocabularyError(
+                    f"{name} is {found}, and the tokenizer {self.fingerprint[:16]} has {size}; expected {size}"
+                    f"{' or fewer' if is_length else ''}: of another tokenizer take from_tokenizer"
+                )
 
     def _check_special_ids(self) -> None:
         names: dict[int, str] = {}
@@ -229,6 +241,18 @@ class Vocabulary(ABC):
     def _misplaced(self, number: int, sequence: AnyArray) -> str:
         """What a token is that stands where it must not, for people."""
 
+    def _checked_tokens(self, tokens: object, shape: tuple[int, ...], letters: str, advice: str) -> AnyArray:
+        """Tokens [B, *shape], each 0 ... values - 1, in this machine's byte order. Raises InvalidInputError."""
+        expected, values = f"[{letters}] = [{', '.join(['B', *map(str, shape)])}]", self._values
+        if type(tokens) is not np.ndarray:
+            raise InvalidInputError(f"tokens is a {type(tokens).__qualname__}; expected a numpy.ndarray {expected}")
+        tokens = native("tokens", tokens, (np.dtype(np.int32), np.dtype(np.int64), np.dtype(self._NARROW)))
+        if tokens.shape[1:] != shape or tokens.ndim != len(shape) + 1:
+            raise InvalidInputError(f"tokens have shape {list(tokens.shape)}; expected {expected}: {advice}")
+        if tokens.size and not (np.minimum.reduce(tokens, axis=None) >= 0 and tokens.max() < values):
+            refuse_first("tokens", tokens, (tokens >= 0) & (tokens < values), f"0 ... {values - 1}")
+        return tokens
+
     def _above_lowest(self, ids: AnyArray) -> Int64Array:
         """How far each id of [B, n] is above the lowest at its position, as far as a chunk goes.
 
@@ -307,17 +331,15 @@ def _ids(ids: object) -> AnyArray:
     return ids.astype(native, copy=False)
 
 
-def checked_tokens(tokens: object, shape: tuple[int, ...], letters: str, advice: str, values: int) -> AnyArray:
-    """Tokens [B, *shape], each 0 ... values - 1, in this machine's byte order. Raises InvalidInputError."""
-    expected = f"[{letters}] = [{', '.join(['B', *map(str, shape)])}]"
-    if type(tokens) is not np.ndarray:
-        raise InvalidInputError(f"tokens is a {type(tokens).__qualname__}; expected a numpy.ndarray {expected}")
-    tokens = native("tokens", tokens, TOKEN_TYPES)
-    if tokens.shape[1:] != shape or tokens.ndim != len(shape) + 1:
-        raise InvalidInputError(f"tokens have shape {list(tokens.shape)}; expected {expected}: {advice}")
-    if tokens.size and not (np.minimum.reduce(tokens, axis=None) >= 0 and tokens.max() < values):
-        refuse_first("tokens", tokens, (tokens >= 0) & (tokens < values), f"0 ... {values - 1}")
-    return tokens
+def _of_python(value: object) -> object:
+    """Numbers of numpy as Python's own, also in pairs of special ids; everything else as it is."""
+    if isinstance(value, tuple | list):
+        return tuple(tuple(map(_number, part)) if isinstance(part, tuple | list) else _number(part) for part in value)
+    return _number(value)
+
+
+def _number(value: object) -> object:
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def require_tokenizer(tokenizer: object) -> ActionTokenizer:

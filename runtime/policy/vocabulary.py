@@ -16,7 +16,7 @@ Chunk tokens are a sequence already: `ChunkVocabulary`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -26,7 +26,7 @@ from ..bundle.arrays import AnyArray, Int32Array, Int64Array
 from ..bundle.errors import InvalidInputError
 from ..bundle.models import ChunkModel, StepModel
 from .ids import PartialTokens as PartialTokens
-from .ids import Vocabulary, checked_tokens, require_tokenizer, special_pairs
+from .ids import Vocabulary, require_tokenizer, special_pairs
 
 if TYPE_CHECKING:
     from ..tokenizer import ActionTokenizer
@@ -54,6 +54,7 @@ class TokenVocabulary(Vocabulary):
     _VALUES = "num_levels"
     _SIZES = ("num_layers", "latent_dim", "chunk_length")
     _LENGTH = "T * D * L"
+    _NARROW = "uint8"
 
     num_layers: int
     num_levels: int
@@ -63,6 +64,7 @@ class TokenVocabulary(Vocabulary):
     order: Order = "layer-major"
     special_ids: tuple[tuple[str, int], ...] = ()
     fingerprint: str = ""
+    tokenizer_sizes: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def from_tokenizer(
@@ -92,6 +94,7 @@ class TokenVocabulary(Vocabulary):
             order=order,
             special_ids=special_pairs(special_ids),
             fingerprint=tokenizer.fingerprint,
+            tokenizer_sizes=(model.num_layers, model.latent_dim, model.chunk_length, model.num_levels),
         )
 
     @staticmethod
@@ -155,7 +158,7 @@ class TokenVocabulary(Vocabulary):
     def _checked(self, tokens: object) -> AnyArray:
         shape = (self.chunk_length, self.latent_dim, self.num_layers)
         advice = "for fewer layers use the vocabulary dataclasses.replace(vocabulary, num_layers=l)"
-        return checked_tokens(tokens, shape, "B, T, D, L", advice, self.num_levels)
+        return self._checked_tokens(tokens, shape, "B, T, D, L", advice)
 
     def _other_order(self, sequence: AnyArray) -> str:
         """A remark if the whole sequence would be right in the other order."""
@@ -186,12 +189,14 @@ class ChunkVocabulary(Vocabulary):
     _VALUES = "vocabulary"
     _SIZES = ("num_tokens",)
     _LENGTH = "L"
+    _NARROW = "uint16"
 
     num_tokens: int
     vocabulary: int
     offset: int = 0
     special_ids: tuple[tuple[str, int], ...] = ()
     fingerprint: str = ""
+    tokenizer_sizes: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def from_tokenizer(
@@ -207,7 +212,8 @@ class ChunkVocabulary(Vocabulary):
                 f"a ChunkVocabulary is for chunk tokens, and this bundle has {model.mode} tokens, whose ids are those "
                 "of a TokenVocabulary; TokenVocabulary.for_tokenizer gives the one that fits"
             )
-        return cls(model.num_tokens, model.vocabulary, offset, special_pairs(special_ids), tokenizer.fingerprint)
+        sizes = (model.num_tokens, model.vocabulary)
+        return cls(*sizes, offset, special_pairs(special_ids), tokenizer.fingerprint, sizes)
 
     @property
     def ids(self) -> range:
@@ -250,4 +256,4 @@ class ChunkVocabulary(Vocabulary):
 
     def _checked(self, tokens: object) -> AnyArray:
         advice = "for the first l tokens use the vocabulary dataclasses.replace(vocabulary, num_tokens=l)"
-        return checked_tokens(tokens, (self.num_tokens,), "B, L", advice, self.vocabulary)
+        return self._checked_tokens(tokens, (self.num_tokens,), "B, L", advice)

@@ -1,6 +1,8 @@
 """Chunk tokens fitted to demonstrations: good on episodes that no fit has seen, and for any robot."""
 
 import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from rfsq.calibration.chunk import (
     ChunkFitConfig,
     _Coding,
+    _described,
     default_budgets,
     fit_chunk_code,
     shared_bits,
@@ -45,6 +49,41 @@ def errors(code: ChunkCode, episodes: Episodes) -> tuple[list[float], Tensor]:
     x = windows(episodes, code.sizes.chunk_length)[::5]
     tokens = code.encode(x)
     return [float((code.decode(tokens[:, :n]) - x).square().mean()) for n in code.budgets], tokens
+
+
+def most_memory(work: Callable[[], object]) -> int:
+    """The most bytes that torch held at a time for `work`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(np.cumsum(changes).max())
+
+
+def test_classes_of_many_values_are_described_in_the_memory_of_their_covariances() -> None:
+    sizes = ChunkSizes(action_dim=16, chunk_length=16, num_classes=40, num_tokens=8)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(800, sizes.num_values, generator=generator, dtype=torch.float64)
+    assigned, parent = torch.arange(800) % 40, torch.arange(40) % 4
+    coding = _Coding(sizes, default_budgets(8))
+    assert most_memory(lambda: _described(coding, x, assigned, parent)) < 2 * 40 * sizes.num_values**2 * 8
+    found = _described(coding, x, assigned, parent)
+    # Latents that can have no bit are not kept, and yet count.
+    assert found.basis.shape == (40, sizes.num_values, sizes.code_bits)
+    assert most_memory(lambda: coding.errors(x, found)) < 4e7
+    whole = _described(replace(coding, sizes=replace(sizes, num_tokens=40)), x, assigned, parent)
+    assert whole.basis.shape == (40, sizes.num_values, sizes.num_values)
+    torch.testing.assert_close(coding.errors(x, found), coding.errors(x, whole), rtol=1e-5, atol=0)
+
+
+def test_a_fit_takes_so_many_numbers_however_many_a_window_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ChunkSizes(3, 8, num_classes=4, num_tokens=6)
+    train, calibration = (smooth_episodes(3, [200] * n, seed=n) for n in (4, 2))
+    fewer = fit_chunk_code(train, calibration, sizes, ChunkFitConfig(most_windows=100))
+    monkeypatch.setattr("rfsq.calibration.chunk._MOST_VALUES", 100 * 24 + 1)
+    bounded = fit_chunk_code(train, calibration, sizes)
+    assert torch.equal(bounded.basis, fewer.basis)
+    assert torch.equal(bounded.gain, fewer.gain)
 
 
 @pytest.mark.slow

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from rfsq.calibration import chunk_fitting
+from rfsq.calibration.chunk import most_learned
 from rfsq.calibration.chunk_fitting import chunk_parts, fit_chunk_tokens
+from rfsq.calibration.chunk_normaliser import chunk_normaliser
+from rfsq.calibration.chunk_report import report_chunk
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.settings import ChunkConfig, ChunkNormaliser
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint
@@ -132,6 +135,53 @@ def test_few_windows_make_fewer_classes(lengths: list[int], classes: int) -> Non
     assert checkpoint.sizes.num_classes == classes
     warned = [remark for remark in checkpoint.provenance["remarks"] if "classes in place of 64" in remark]
     assert len(warned) == (classes < 64)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e13])
+@pytest.mark.parametrize("chosen", [ChunkNormaliser.AUTO, ChunkNormaliser.MIN_MAX])
+def test_actions_in_units_that_no_bundle_holds_are_refused_before_the_fit(size: float, chosen: ChunkNormaliser) -> None:
+    episodes = [episode * np.array([1, size, 1]) for episode in smooth_episodes(3, [60] * 6, seed=0)]
+    with pytest.raises(DataError, match=r"dimension 1 lies around .*; expected a scale .*use other units"):
+        chunk_normaliser(dataset_of(episodes), chosen)
+
+
+@pytest.mark.parametrize(("place", "warns"), [(0.0, False), (900.0, False), (1e6, True)])
+def test_the_bound_holds_for_a_dimension_far_from_zero_and_a_warning_says_why_it_is_wide(
+    place: float, warns: bool
+) -> None:
+    """Float32 positions lie a sixteenth apart at a million."""
+    episodes = [
+        np.concatenate((np.sin(np.arange(150)[:, None] / (5 + seed)) + place, episode[:, 1:]), axis=1)
+        for seed, episode in enumerate(smooth_episodes(3, [150] * 8, seed=0))
+    ]
+    dataset = dataset_of(episodes)
+    checkpoint = fit_chunk_tokens(dataset, ChunkConfig(chunk_length=4, classes=8, tokens=20))
+    model, parts = checkpoint.model(), chunk_parts(dataset)
+    actions = torch.from_numpy(np.concatenate([episode[:148] for episode in parts.training.episodes])).reshape(-1, 4, 3)
+    for budget in model.code.budgets:
+        error = (model.decode(model.encode(actions)[:, :budget]).double() - actions.double()).abs().amax(dim=(0, 1))
+        assert (error <= model.bound(budget) * (1 + 1e-6)).all()
+    said = [remark for remark in checkpoint.provenance["remarks"] if "as far from zero as it moves" in remark]
+    assert len(said) == warns
+    assert all("dimension 0 lies" in remark and "rounds its actions by up to 0.0312" in remark for remark in said)
+    (last,) = (row for row in report_chunk(checkpoint, parts.judging).prefixes if row.num_tokens == 20)
+    assert last.bound is not None
+    assert last.bound[0] >= 0.03 if warns else last.bound[0] < 0.03
+
+
+def test_chunks_of_many_values_make_fewer_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rfsq.calibration.chunk._MOST_VALUES", 5 * 24**2)
+    checkpoint = fit_chunk_tokens(dataset_of(smooth_episodes(3, [90] * 6, seed=0)), ChunkConfig(classes=16, tokens=8))
+    assert checkpoint.sizes.num_classes == 5 + 3 + 1
+    assert any(
+        remark.startswith("WARNING: 9 classes in place of 16: of chunks of 24 values, more take too much memory")
+        for remark in checkpoint.provenance["remarks"]
+    )
+
+
+def test_a_bimanual_robot_has_all_its_classes() -> None:
+    """Of 14 dimensions and 50 steps."""
+    assert most_learned(14 * 50) >= 60
 
 
 @pytest.mark.parametrize("episodes", [1, 3])

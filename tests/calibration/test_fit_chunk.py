@@ -1,14 +1,18 @@
 """`python calibration/fit.py --kind chunk`, from demonstrations to chunk tokens."""
 
+import errno
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from rfsq.calibration import chunk_fitting
+from rfsq.calibration.chunk_fitting import fit_chunk_tokens
 from rfsq.calibration.fit import main
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint, load_chunk_checkpoint
@@ -195,6 +199,36 @@ def test_errors_are_one_line_and_nothing_is_written(
     assert printed.count("\n") == 1
     assert message in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@has_blank_picture
+def test_of_two_fits_to_one_output_the_first_is_kept_and_the_second_is_told(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "chunk.safetensors"
+
+    def while_another_finishes(*arguments: Any) -> ChunkCheckpoint:
+        output.write_bytes(b"of another process")
+        return fit_chunk_tokens(*arguments)
+
+    monkeypatch.setattr(chunk_fitting, "fit_chunk_tokens", while_another_finishes)
+    assert run(tmp_path, "--data", data, "--classes", 2, "--tokens", 4) == 2
+    assert "chunk.safetensors was written by another process meanwhile, and is kept" in capsys.readouterr().err
+    assert output.read_bytes() == b"of another process"
+    assert sorted(tmp_path.iterdir()) == [output, data]
+
+
+@has_blank_picture
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save", refuse)
+    assert run(tmp_path, "--data", data, "--classes", 2, "--tokens", 4) == 2
+    assert "No space left on device; choose a writable folder, or make room" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [data]
 
 
 def test_a_robot_that_stands_still_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A small robot that is nothing like the embedded one, and a comparison on it, made once."""
+"""A small robot that is nothing like the embedded one, and a comparison on it, made once; recordings that are seen."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 
 from rfsq.calibration.settings import RecoveredConfig
 from rfsq.evidence.comparison import compare
+from rfsq.evidence.policy_recordings import BODIES, NUM_POSES, Recording
 from rfsq.evidence.results import Comparison
 from rfsq.evidence.settings import ComparisonConfig
 from rfsq.rfsq_ref.data import ActionDataset
@@ -35,6 +36,20 @@ def robot_dataset(action_dim: int = 4, episodes: int = 32, seed: int = 0) -> Act
 def write_npz(path: Path, dataset: ActionDataset) -> None:
     ends = np.cumsum([len(episode) for episode in dataset.episodes])
     np.savez(path, actions=dataset.steps(), episode_ends=ends)
+
+
+def some_recordings(count: int = 6, steps: int = 30, seed: int = 0) -> list[Recording]:
+    """Recorded episodes of Lift and Stack in turn, of random smooth motions."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for index in range(count):
+        task = ("Lift", "Stack")[index % 2]
+        meant = np.sin(rng.uniform(0, 6, 7) + rng.uniform(0.05, 0.2, 7) * np.arange(steps)[:, None])
+        executed = np.clip(meant + 0.1 * rng.normal(size=meant.shape), -1, 1)
+        poses = rng.normal(size=(steps, NUM_POSES, 7))
+        poses[:, 1 + len(BODIES[task]) :] = 0.0
+        found.append(Recording(task, index, *(part.astype(np.float32) for part in (poses, executed, meant))))
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -173,6 +173,15 @@ def test_workers_do_every_job_once_and_a_failing_one_is_not_hidden() -> None:
     assert isinstance(error, ZeroDivisionError)
 
 
+def test_what_was_begun_before_a_job_failed_is_kept_and_no_other_begins(capfd: pytest.CaptureFixture[str]) -> None:
+    found, error = driven(["1 / 0", "7", *["8"] * 50])
+    assert isinstance(error, ZeroDivisionError)
+    assert "a job failed: ZeroDivisionError" in capfd.readouterr().err
+    # Some wait in the queue of the processes when the failure is heard of.
+    assert 7 in found
+    assert len(found) < 20
+
+
 def test_any_number_of_workers_gives_the_same_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("robosuite", reason="the simulator is not installed here: pip install '.[sim]'")
     monkeypatch.setattr(rollouts, "codecs", lambda **_: {name: RawCodec(name) for name in ("a", "b")})

@@ -39,6 +39,14 @@ def write_code(folder: Path, deployed: Deployed) -> Path:
     return folder
 
 
+def without_checks(folder: Path) -> None:
+    """Lets the source in `folder` accept every value, as where another thread writes after the checks have looked."""
+    source = (folder / SOURCE_NAME).read_text(encoding="utf-8")
+    accepting = source.replace("    return !illegal;\n", "    (void)illegal;\n    return 1;\n")
+    assert accepting.count("(void)illegal;") >= 2
+    (folder / SOURCE_NAME).write_text(accepting, encoding="utf-8")
+
+
 def run(command: Sequence[object], folder: Path) -> str:
     """What a program prints that ends well."""
     done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False)

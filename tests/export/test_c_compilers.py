@@ -20,7 +20,7 @@ from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.comparison import action_errors
 from tests.bundles import Deployed, Recipe, deploy, random_actions, reference_decode
-from tests.export.c_library import FOLDER, compile_program, run, write_code
+from tests.export.c_library import FOLDER, compile_program, run, without_checks, write_code
 from tests.export.plan_numpy import CODES, check_tokens
 
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic")
@@ -132,6 +132,16 @@ def test_sanitizers_find_nothing(mode: DeployMode, chunk_length: int, tmp_path: 
     recipe = Recipe(mode, chunk_length=chunk_length)
     folder = write_code(tmp_path, deploy(recipe))
     program = compile_program(folder, FOLDER / "misuse.c", recipe, flags=("-std=c11", "-O1", *SANITIZERS))
+    assert run([program], folder) == "nothing found\n"
+
+
+@needs("gcc", "gcc")
+@pytest.mark.parametrize("mode", CODES)
+def test_nothing_is_broken_by_values_that_change_after_they_were_checked(mode: DeployMode, tmp_path: Path) -> None:
+    recipe = Recipe(mode, chunk_length=3)
+    folder = write_code(tmp_path, deploy(recipe))
+    without_checks(folder)
+    program = compile_program(folder, FOLDER / "unchecked.c", recipe, flags=("-std=c11", "-O1", *SANITIZERS))
     assert run([program], folder) == "nothing found\n"
 
 

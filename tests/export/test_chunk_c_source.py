@@ -24,7 +24,7 @@ from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.backend_specs import BACKENDS
-from tests.export.c_library import FOLDER, ILLEGAL_VALUE, OK, UNTOUCHED, Array, run
+from tests.export.c_library import FOLDER, ILLEGAL_VALUE, OK, UNTOUCHED, Array, run, without_checks
 from tests.export.chunk_c_library import (
     FINGERPRINT,
     Library,
@@ -277,6 +277,19 @@ def test_sanitizers_find_nothing(sizes: ChunkSizes, tmp_path: Path) -> None:
     flags = ("-std=c11", "-O1", *SANITIZERS)
     run(["gcc", *flags, "-I.", FOLDER / "chunk_misuse.c", SOURCE_NAME, "-lm", "-o", "misuse"], tmp_path)
     assert run([tmp_path / "misuse"], tmp_path) == "nothing found\n"
+
+
+@needs("gcc", "gcc")
+@pytest.mark.parametrize(
+    "sizes", [ChunkSizes(2, 3, 5, 6, 9), ChunkSizes(3, 1, 256, 9, 4), ChunkSizes(1, 1, 2, 16, 1)], ids=str
+)
+def test_nothing_is_broken_by_values_that_change_after_they_were_checked(sizes: ChunkSizes, tmp_path: Path) -> None:
+    """Nor where the classes do not fill the bits of their number."""
+    write_code(tmp_path, random_tokenizer(sizes, seed=1))
+    without_checks(tmp_path)
+    flags = ("-std=c11", "-O1", *SANITIZERS)
+    run(["gcc", *flags, "-I.", FOLDER / "chunk_unchecked.c", SOURCE_NAME, "-lm", "-o", "unchecked"], tmp_path)
+    assert run([tmp_path / "unchecked"], tmp_path) == "nothing found\n"
 
 
 @pytest.mark.parametrize("target", [target for target in host_targets() if target.startswith("x86-64")])

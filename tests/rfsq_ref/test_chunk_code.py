@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
-from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes
+from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes, bit_counts, ranks
 from rfsq.rfsq_ref.chunk_escape import BLOCK_BITS, BLOCK_VALUES, escape_bound, escape_decode, escape_encode
 from rfsq.rfsq_ref.errors import SettingsError
 from tests.chunk_bundles import random_constants
@@ -199,3 +199,10 @@ def test_constants_of_no_code_are_refused(name: str) -> None:
     for bad in [(0,), (2, 1), (11,)] if name == "budgets" else [good[:-1], -torch.inf * good]:
         with pytest.raises(SettingsError):
             ChunkCode(sizes, replace(constants, **{name: bad}))
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=9, max_size=9), min_size=1, max_size=4))
+def test_bits_are_counted_latent_by_latent(rows: list[list[int]]) -> None:
+    order = torch.tensor(rows)
+    assert ranks(order).tolist() == [[row[:place].count(row[place]) for place in range(9)] for row in rows]
+    assert bit_counts(order, 6).tolist() == [[row.count(latent) for latent in range(6)] for row in rows]

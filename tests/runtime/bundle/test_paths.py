@@ -1,5 +1,6 @@
 """Every function that takes a path takes the same paths, and refuses the same things with its own type of error."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,9 @@ from rfsq.rfsq_ref.errors import CheckpointError, DataError
 from rfsq.rfsq_ref.own_format import check_output
 from rfsq.rfsq_ref.training import load_history
 from rfsq.runtime import ActionTokenizer, ControlConfig, ControlConfigError, FingerprintError, InvalidInputError
-from rfsq.runtime.bundle.errors import BundleError, TokenizerError
+from rfsq.runtime.bundle.errors import BundleError, OutputExistsError, TokenizerError
 from rfsq.runtime.bundle.folder import open_bundle
-from rfsq.runtime.bundle.paths import as_path, shown
+from rfsq.runtime.bundle.paths import as_path, refuse_existing, replacing, shown
 from rfsq.runtime.control.errors import FlightRecordError
 from rfsq.runtime.control.recorder import read_record
 from rfsq.runtime.datasets.errors import SourceError
@@ -133,6 +134,89 @@ def test_a_missing_flight_record_is_said_to_be_missing(tmp_path: Path) -> None:
 def test_any_other_text_stays_as_it_is(text: str) -> None:
     assert as_path(text) == Path(text)
     assert as_path(os.fspath(Path(text))) == Path(text)
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str, meanwhile: Callable[[], object] = lambda: None) -> None:
+    with replacing(path, error=InvalidInputError) as temporary:
+        temporary.write_text(text)
+        meanwhile()
+
+
+@pytest.fixture(params=["links", "no links"])
+def path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a file to be written, on a file system with hard links and on one without."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if request.param == "no links":
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    return tmp_path / "made" / "numbers.txt"
+
+
+def test_of_two_commands_with_one_output_the_first_is_kept_and_the_second_is_told(path: Path) -> None:
+    refuse_existing([path], overwrite=False)
+    with pytest.raises(OutputExistsError, match=r"numbers\.txt was written by another process meanwhile, and is kept"):
+        write(path, "second", lambda: path.write_text("first"))
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced_either(path: Path) -> None:
+    refuse_existing([path], overwrite=False)
+    with pytest.raises(OutputExistsError):
+        write(path, "second", lambda: path.symlink_to("nowhere"))
+    assert path.is_symlink()
+
+
+def test_what_a_command_has_written_itself_it_may_write_anew(path: Path) -> None:
+    refuse_existing([path], overwrite=False)
+    write(path, "a half")
+    write(path, "the whole")
+    assert path.read_text() == "the whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("overwrite", [True, None], ids=["overwrite", "no command"])
+def test_all_else_is_replaced(overwrite: bool | None, path: Path) -> None:
+    if overwrite:
+        refuse_existing([path], overwrite=False)
+        refuse_existing([path], overwrite=True)
+    path.parent.mkdir()
+    path.write_text("old")
+    write(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_folder_that_may_not_be_looked_into_is_said_to_be_unwritable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(InvalidInputError, match="Permission denied; choose a writable folder"):
+        write(tmp_path / "numbers.txt", "1")
+
+
+def test_a_file_that_cannot_be_written_leaves_no_folder(tmp_path: Path) -> None:
+    def fill_up() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write_beside_and_fill_up() -> None:
+        (tmp_path / "a" / "beside").touch()
+        fill_up()
+
+    path = tmp_path / "a" / "b" / "c"
+    with pytest.raises(InvalidInputError, match="make room"):
+        write(path, "much", fill_up)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InvalidInputError, match="make room"):
+        write(path, "much", write_beside_and_fill_up)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "a", tmp_path / "a" / "beside"]
 
 
 # Fingerprints --------------------------------------------------------------------------------------------------------

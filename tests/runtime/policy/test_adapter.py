@@ -396,8 +396,9 @@ def test_narrowing_keeps_every_type_honest(integer: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
 @pytest.mark.parametrize(
     ("shape", "index", "named"),
-    [((3, 2, 3), (2, 1, 0), "2, 1, 0"), ((3, 5, 3), (2, 4, 1), "2, 4, 1"), ((5, 3), (3, 2), "0, 3, 2")],
-)
+    [((3, 2, 3), (2, 1, 0), "2, 1, 0"), ((3, 5, 3), (2, 4, 1), "2, 4, 1"), ((5, 3), (3, 2), "3, 2"),
+     ((2, 2, 5, 3), (1, 0, 4, 1), "1, 0, 4, 1")],
+)  # fmt: skip
 def test_an_action_that_is_no_number_is_an_error_that_names_its_place(
     shape: tuple[int, ...], index: tuple[int, ...], named: str, value: float, calibrated: Pair
 ) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,10 +62,36 @@ def test_called_it_gives_the_actions_of_the_tokens_and_the_tokens(adapter: Chunk
     assert torch.equal(actions, adapter.decode(tokens))
 
 
-@pytest.mark.parametrize("kind", [torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32])
-def test_tokens_of_any_integer_type_decode(kind: torch.dtype, adapter: ChunkTokenizer, chunks: np.ndarray) -> None:
+WIDE = (torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_tokens_of_any_integer_type_that_holds_them_decode(
+    kind: torch.dtype, adapter: ChunkTokenizer, chunks: np.ndarray
+) -> None:
     tokens = adapter.encode(torch.from_numpy(chunks))
     assert torch.equal(adapter.decode(tokens.to(kind)), adapter.decode(tokens))
+
+
+def test_a_type_that_cannot_hold_the_vocabulary_is_refused(adapter: ChunkTokenizer) -> None:
+    """What was larger has wrapped around in it, to a legal token."""
+    message = "type torch.int8, which holds no more than 127, and this bundle's go up to 255: .* were chosen"
+    with pytest.raises(InvalidInputError, match=message):
+        adapter.decode(torch.zeros(2, L, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3), (3, 1, 2)])
+@pytest.mark.parametrize("kind", WIDE[1:3])
+def test_a_wrong_value_is_named_by_its_place_in_what_was_given(
+    kind: torch.dtype, leading: tuple[int, ...], adapter: ChunkTokenizer
+) -> None:
+    tokens, x = torch.zeros(*leading, L, dtype=kind), torch.zeros(*leading, T, A)
+    tokens.view(-1)[-2], x.view(-1)[-1] = 256, torch.nan
+    last = [size - 1 for size in leading]
+    with pytest.raises(InvalidInputError, match=re.escape(f"tokens{[*last, L - 2]} is 256; expected 0 ... 255")):
+        adapter.decode(tokens)
+    with pytest.raises(InvalidInputError, match=re.escape(f"actions{[*last, T - 1, A - 1]} is nan")):
+        adapter.encode(x)
 
 
 def test_what_is_wrong_is_refused(adapter: ChunkTokenizer) -> None:

@@ -149,6 +149,9 @@ def test_settings_that_make_no_sense_are_refused(changed: dict[str, Any], messag
 def test_tokens_of_another_shape_or_value_are_refused() -> None:
     with pytest.raises(InvalidInputError, match=r"\[B, L\] = \[B, 4\]: for the first l tokens"):
         SMALL.to_ids(np.zeros((1, 3), np.int32))
+    with pytest.raises(InvalidInputError, match="tokens have type uint8; expected int32, int64 or uint16"):
+        # Words of a larger vocabulary would have wrapped.
+        SMALL.to_ids(np.zeros((1, 4), np.uint8))
     with pytest.raises(InvalidInputError, match=r"tokens\[0, 2\] is 16; expected 0 \.\.\. 15"):
         SMALL.to_ids(np.array([[0, 0, 16, 0]], np.int32))
 
@@ -161,6 +164,34 @@ def test_it_is_made_for_its_tokenizer(tokenizer: ActionTokenizer) -> None:
     np.testing.assert_array_equal(tokenizer.decode(part.tokens), tokenizer.decode(tokens[:, :5]))
     with pytest.raises(InvalidInputError, match=r"for_tokenizer gives the one that fits"):
         TokenVocabulary.from_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"num_tokens": SIZES.num_tokens + 1}, f"num_tokens is .*has {SIZES.num_tokens}; expected .* or fewer"),
+        ({"vocabulary": 512}, "vocabulary is 512, and the tokenizer .* has 256; expected 256:"),
+        ({"vocabulary": 128}, "vocabulary is 128, and the tokenizer"),
+    ],
+)
+def test_no_other_vocabulary_bears_the_tokenizers_fingerprint(
+    changed: dict[str, int], expected: str, tokenizer: ActionTokenizer
+) -> None:
+    whole = ChunkVocabulary.from_tokenizer(tokenizer)
+    fewer = dataclasses.replace(whole, num_tokens=3)
+    assert (fewer.num_tokens, fewer.fingerprint) == (3, tokenizer.fingerprint)
+    for vocabulary in (whole, fewer, ChunkVocabulary(**json.loads(json.dumps(dataclasses.asdict(fewer))))):
+        with pytest.raises(VocabularyError, match=expected):
+            dataclasses.replace(vocabulary, **changed)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    given = ChunkVocabulary(np.int32(4), np.uint16(16), np.int64(100), (("eos", np.int64(2)),))
+    assert given == ChunkVocabulary(4, 16, 100, (("eos", 2),))
+    assert json.loads(json.dumps(dataclasses.asdict(given)))["offset"] == 100
+    for wrong in (True, 1.0, np.float32(1), np.bool_(1), "1"):
+        with pytest.raises(VocabularyError, match="offset is"):
+            dataclasses.replace(given, offset=wrong)
 
 
 def test_per_step_tokens_have_the_other_vocabulary(bundle: Path) -> None:

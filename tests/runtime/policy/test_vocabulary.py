@@ -97,6 +97,10 @@ def test_an_empty_batch_stays_empty() -> None:
 def test_the_vocabulary_of_a_tokenizer(tokenizer: ActionTokenizer) -> None:
     vocabulary = TokenVocabulary.from_tokenizer(tokenizer, offset=7, order="step-major", special_ids={"eos": 0})
     assert vocabulary == TokenVocabulary(3, 5, 4, 2, 7, "step-major", (("eos", 0),), tokenizer.fingerprint)
+    assert dataclasses.replace(vocabulary, num_layers=2).fingerprint == tokenizer.fingerprint
+    for changed in ({"num_layers": 4}, {"num_levels": 6}, {"latent_dim": 3}, {"chunk_length": 3}):
+        with pytest.raises(VocabularyError, match=f"{next(iter(changed))} is .*, and the tokenizer .* has"):
+            dataclasses.replace(vocabulary, **changed)
     tokens = tokenizer.encode(random_actions(Recipe(), 9))
     np.testing.assert_array_equal(vocabulary.to_tokens(vocabulary.to_ids(tokens)), tokens)
 

@@ -65,6 +65,8 @@ class Flight:
         wrong: list[Callable[[], object]] = [
             lambda: self.tick(tokens - self.tokenizer.model.vocabulary, stats=stats),
             lambda: self.tick(tokens.astype(np.float32), stats=stats),
+            lambda: self.tick(tokens.astype(np.int16), stats=stats),
+            lambda: self.tick(tokens.astype(">i4"), stats=stats),
             lambda: self.tick(tokens[0], stats=stats),
             lambda: self.tick(tokens.tolist(), stats=stats),
             lambda: self.tick(tokens, stats="stats"),
