@@ -1,50 +1,59 @@
-"""Chunk tokens of a dataset: which of its episodes are fitted to, in which units, and how many classes they allow."""
+"""Chunk tokens of a dataset: which of its episodes are fitted to, and how many classes and tokens they get."""
 
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from rfsq.calibration.chunk import ChunkFitConfig, broad_classes, fit_chunk_code, most_learned
+from rfsq.calibration.chunk_normaliser import chunk_normaliser, far_episode_warning, far_from_zero_warning
 from rfsq.calibration.chunk_windows import count_windows
-from rfsq.calibration.data import MINIMUM_EPISODES, few_steps_warning, unsplit_warning
-from rfsq.calibration.settings import BitOrder, ChunkConfig, ChunkNormaliser
+from rfsq.calibration.data import MINIMUM_EPISODES, few_steps_warning, joined, unsplit_warning
+from rfsq.calibration.settings import BitOrder, ChunkConfig
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
-from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
-from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser, fits_unnormalised, reasons_to_normalise, untouched
-from rfsq.rfsq_ref.settings import NormaliserKind
-from rfsq.runtime.bundle.arrays import last_rounding
+from rfsq.rfsq_ref.data import ActionDataset, split_episodes
+from rfsq.runtime.bundle.models import CHUNK_LIMITS
 from rfsq.runtime.bundle.paths import counted
 
 #: Of a learned class. On the embedded demonstrations 64 classes are better than any fewer down to four windows each,
 #: and with two 4 classes have a tenth less squared error.
 _LEAST_WINDOWS = 4
-#: So many times wider, the range of a dimension costs two bits of every action in escape.
-_FAR = 4.0
-#: In units of its movement, up to which a dimension has float32 positions that are close enough (docs/building.md).
-_FAR_FROM_ZERO = 1000.0
-#: Beyond it chunk tokens say nothing.
-_LIMIT = 1.0
+#: Fewer episodes than these have none to spare for a test. With those of the test part, fits to 4 of the embedded ones
+#: have a quarter of the squared error in others at 10 bits a step, to 8 and 12 of them nine tenths, to 32 the same.
+_FEW_EPISODES = 20
+#: Of tokens that nobody has chosen, for each value of a chunk, beside those of the class: 45 tokens of 10 bits for the
+#: 56 values of the embedded demonstrations.
+_VALUE_BITS = 7.9
 
 
 @dataclass(frozen=True, eq=False)
 class ChunkParts:
-    """Episodes to fit classes to, to fit scales and gains to, and to judge on: others, where there are enough."""
+    """Episodes to fit classes to, to fit scales and gains to, and to judge on: others, where there are enough.
+
+    selection: which these are, for people."""
 
     training: ActionDataset
     calibration: ActionDataset
     judging: ActionDataset
+    selection: str
 
 
 def chunk_parts(dataset: ActionDataset) -> ChunkParts:
-    """The parts of a split by episode, judged on its validation part; too few episodes to split serve for all three."""
+    """The parts of a split by episode, judged on its validation part; too few episodes to split serve for all three.
+
+    Of few episodes those of the test part are trained on, too.
+    """
     if len(dataset.episodes) < MINIMUM_EPISODES:
-        return ChunkParts(dataset, dataset, dataset)
-    split = split_episodes(dataset)
-    return ChunkParts(split.train, split.calibration, split.validation)
+        return ChunkParts(dataset, dataset, dataset, "all of it, too few episodes to split")
+    split, selection = split_episodes(dataset), "parts of a split by episode"
+    if len(dataset.episodes) >= _FEW_EPISODES:
+        return ChunkParts(split.train, split.calibration, split.validation, selection)
+    training = joined(split.train, split.test)
+    return ChunkParts(training, split.calibration, split.validation, f"{selection}, its test part for the classes, too")
 
 
 def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckpoint:
@@ -54,20 +63,20 @@ def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckp
     sizes that make no code, DataError for data that nothing can be fitted to.
     """
     parts = chunk_parts(dataset)
-    normaliser, reason = chunk_normaliser(parts, config.normaliser)
+    normaliser, reason = chunk_normaliser(dataset, config.normaliser)
     sizes, fewer = _sizes(parts.training, config)
-    is_split = parts.training is not dataset
-    warnings = [few_steps_warning(parts.training), "" if is_split else unsplit_warning(dataset), fewer]
+    unsplit = unsplit_warning(dataset) if parts.training is dataset else ""
+    warnings = [few_steps_warning(parts.training), unsplit, fewer]
     if normaliser is not None:
-        warnings += [_far_episode_warning(parts), _far_from_zero_warning(normaliser)]
+        warnings += [far_episode_warning(dataset), far_from_zero_warning(normaliser)]
     fit = ChunkFitConfig(config.seed, has_shared_order=config.order is BitOrder.SHARED)
     constants = fit_chunk_code(parts.training.episodes, parts.calibration.episodes, sizes, fit, normaliser)
     provenance: dict[str, Any] = {
-        "config": {**asdict(config), "normaliser": config.normaliser.value, "order": config.order.value},
+        "config": {**asdict(config), "normaliser": Path(config.normaliser).name, "order": config.order.value},
         "data": {
             "source": dataset.source,
             "sha256": dataset.sha256,
-            "selection": "parts of a split by episode" if is_split else "all of it, too few episodes to split",
+            "selection": parts.selection,
             **{
                 name: {"episodes": len(part.episodes), "steps": part.num_steps}
                 for name, part in (("training", parts.training), ("calibration", parts.calibration))
@@ -79,95 +88,20 @@ def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckp
     return ChunkCheckpoint(sizes, constants, normaliser, provenance)
 
 
-def chunk_normaliser(parts: ChunkParts, wanted: ChunkNormaliser) -> tuple[Normaliser | None, str]:
-    """What brings the training and calibration episodes, and more like them, into [-1, 1]; and why."""
-    # Where few episodes serve for both parts, each counts once.
-    fitted = [parts.training] if parts.calibration is parts.training else [parts.training, parts.calibration]
-    ends = np.concatenate([_ends(part) for part in fitted])
-    reasons = reasons_to_normalise(ends, _LIMIT)
-    kind = wanted
-    why = "as asked"
-    if wanted is ChunkNormaliser.AUTO:
-        kind = ChunkNormaliser.MIN_MAX if reasons else ChunkNormaliser.NONE
-        why = f"chosen by auto: {' and '.join(reasons) or fits_unnormalised(_LIMIT)}"
-    if kind is ChunkNormaliser.NONE:
-        return None, f"normaliser: {kind}, {why}"
-    headroom = _headroom(ends)
-    if headroom > 1:
-        why = f"{why}; of {headroom:.3g} times the range seen, since one episode reached so far beyond the others"
-    found = fit_normaliser(ends, NormaliserKind.MIN_MAX, untouched(ends))
-    return _covering(found, ends, headroom, untouched(ends)), f"normaliser: {kind}, {why}"
+def fitted_on(provenance: Mapping[str, Any]) -> str:
+    """A line about the data of a fit that `fit_chunk_tokens` has made."""
+    data = provenance["data"]
+    parts = [
+        f"{counted(data[part]['episodes'], 'episode')} ({counted(data[part]['steps'], 'step')}) {use}"
+        for part, use in (("training", "for the classes"), ("calibration", "for scales and gains"))
+    ]
+    return f"fitted on {' and '.join(parts)} of {data['source']}: {data['selection']}"
 
 
-def _headroom(ends: FloatArray) -> float:
-    """How far the next episode may reach, as a multiple of the range of those seen: as far as any of them reaches
-    beyond the others, in the dimension where it is farthest. At most `_FAR`; 1 for a single episode.
-
-    Nothing outside the range is ever decoded, while a wider one costs little: only escape's bound grows with it.
-    """
-    low, high = ends[::2].astype(np.float64), ends[1::2].astype(np.float64)
-    if len(low) < 2:
-        return 1.0
-    others_low, others_high = -_largest_of_others(-low), _largest_of_others(high)
-    half, middle = (others_high - others_low) / 2, (others_high + others_low) / 2
-    reach = np.maximum(high - middle, middle - low)
-    # Where the others rest, nothing says how far is far.
-    return float(np.clip((reach / np.where(half > 0, half, np.inf)).max(), 1.0, _FAR))
-
-
-def _largest_of_others(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Of each row of values [n, A], the largest in the other rows: [n, A]."""
-    second, first = np.sort(values, axis=0)[-2:]
-    found: npt.NDArray[np.float64] = np.where(values == first, second, first)
-    return found
-
-
-def _covering(normaliser: Normaliser, ends: FloatArray, headroom: float, kept: tuple[int, ...]) -> Normaliser:
-    """So many times wider, but for the dimensions that are kept. Rounded up: what lies beyond [-1, 1] by rounding alone
-    would err by more than the bound."""
-    reach = np.abs(ends.astype(np.float64) - normaliser.offset).max(axis=0)
-    scale = np.where(
-        reach > normaliser.scale, np.nextafter(reach.astype(np.float32), np.float32(np.inf)), normaliser.scale
-    ).astype(np.float64)
-    wider = np.full(len(scale), headroom)
-    wider[list(kept)] = 1.0
-    return replace(normaliser, scale=tuple((scale * wider).astype(np.float32).tolist()))
-
-
-def _far_episode_warning(parts: ChunkParts) -> str:
-    """A warning about a single episode that makes the range of a dimension several times wider; else empty."""
-    dataset = parts.training
-    ends = _ends(dataset).reshape(len(dataset.episodes), 2, -1).astype(np.float64)
-    span = np.ptp(ends, axis=(0, 1))
-    farthest = {*ends[:, 0].argmin(axis=0).tolist(), *ends[:, 1].argmax(axis=0).tolist()}
-    for index in sorted(farthest) if len(ends) > 1 else ():
-        others = np.ptp(np.delete(ends, index, axis=0), axis=(0, 1))
-        far = np.flatnonzero((others > 0) & (span > _FAR * others))
-        if far.size:
-            return (
-                f"WARNING: dimension {far[0]} spans {span[far[0]]:.3g} by episode {dataset.names[index]!r}, without it "
-                f"{others[far[0]]:.3g}: tokens spend their range on that episode; repair or drop it if it is wrong"
-            )
-    return ""
-
-
-def _far_from_zero_warning(normaliser: Normaliser) -> str:
-    """A warning about a dimension that moves little where float32 is coarse; else empty."""
-    offset, scale = np.array(normaliser.offset), np.array(normaliser.scale)
-    distance = np.abs(offset) / scale
-    far = int(distance.argmax())
-    if distance[far] <= _FAR_FROM_ZERO:
-        return ""
-    return (
-        f"WARNING: dimension {far} lies {distance[far]:.3g} times as far from zero as it moves: float32 rounds its "
-        f"actions by up to {last_rounding(offset, scale)[far]:.3g}, recorded and decoded, and tokens can do nothing "
-        "about it; take what it rests at off its actions"
-    )
-
-
-def _ends(dataset: ActionDataset) -> FloatArray:
-    """The lowest and the highest action of each dimension in each episode: [2 * episodes, A]."""
-    return np.stack([end(episode, axis=0) for episode in dataset.episodes for end in (np.min, np.max)])
+def _default_tokens(sizes: ChunkSizes) -> int:
+    """As many for each value as those of the embedded demonstrations, and no more than there may be."""
+    wanted = math.ceil((sizes.class_bits + _VALUE_BITS * sizes.num_values) / sizes.token_bits)
+    return max(sizes.num_tokens, min(wanted, sizes.most_tokens, CHUNK_LIMITS["num_tokens"][1]))
 
 
 def _sizes(training: ActionDataset, config: ChunkConfig) -> tuple[ChunkSizes, str]:
@@ -186,7 +120,7 @@ def _sizes(training: ActionDataset, config: ChunkConfig) -> tuple[ChunkSizes, st
     classes = min(config.classes, min(by_windows, by_values) + others)
     tokens = config.tokens
     if tokens is None:
-        tokens = min(ChunkSizes.num_tokens, sizes(classes, least).most_tokens)
+        tokens = _default_tokens(sizes(classes, least))
     why = (
         f"the training episodes have {counted(windows, 'window')} of {counted(config.chunk_length, 'step')}, and a "
         f"learned class needs {_LEAST_WINDOWS}; give more episodes"

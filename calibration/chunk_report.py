@@ -1,11 +1,12 @@
 """What chunk tokens are worth, prefix by prefix and class by class: tables to read, report.json and report.png."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 MODE = "chunk"
 #: To judge on, sampled where there are more.
 _MOST_WINDOWS = 20_000
+#: Of the windows, what broad classes code where there are enough data. Of the embedded demonstrations they code none.
+_MOST_BROAD = 0.5
 
 
 class ClassKind(StrEnum):
@@ -64,13 +67,14 @@ class ClassReport:
 
 @dataclass(frozen=True)
 class ChunkReport:
-    """clipped: share of the numbers in all actions that lie beyond what tokens can say; classes: by their number;
-    fidelity: of all tokens."""
+    """dimensions: their names, or none; clipped: share of the numbers in all actions that lie beyond what tokens can
+    say; classes: by their number; fidelity: of all tokens."""
 
     source: str
     num_episodes: int
     num_windows: int
     sizes: ChunkSizes
+    dimensions: tuple[str, ...]
     clipped: float
     prefixes: tuple[PrefixReport, ...]
     classes: tuple[ClassReport, ...]
@@ -96,7 +100,7 @@ def report_chunk(checkpoint: ChunkCheckpoint, episodes: ActionDataset) -> ChunkR
     rows = windows(episodes.episodes, sizes.chunk_length, _MOST_WINDOWS, generator)
     actions = rows.reshape(-1, sizes.chunk_length, sizes.action_dim)
     tokens = torch.cat([model.encode(part) for part in batches(actions, sizes)])
-    classes = model.code.classes(model.code.bits(tokens))
+    classes = _classes_of(model, tokens)
     prefixes, errors = [], []
     for num_tokens in reported_prefixes(sizes.num_tokens, model.code.budgets):
         error = _decoded(model, tokens[:, :num_tokens]) - actions
@@ -108,11 +112,27 @@ def report_chunk(checkpoint: ChunkCheckpoint, episodes: ActionDataset) -> ChunkR
         num_episodes=len(episodes.episodes),
         num_windows=len(actions),
         sizes=sizes,
+        dimensions=episodes.dimensions,
         clipped=float((model.normalised(actions).abs() > 1).double().mean()),
         prefixes=tuple(prefixes),
         classes=_classes(sizes, classes, torch.stack(errors, dim=1)),
         fidelity=fidelity(actions.flatten(0, 1).numpy(), deepest.numpy(), model.units.tolist(), model.offset.tolist()),
     )
+
+
+def _classes_of(model: ChunkTokenizer, tokens: Tensor) -> Tensor:
+    return model.code.classes(model.code.bits(tokens))
+
+
+@torch.no_grad()
+def class_use(model: ChunkTokenizer, chunks: npt.NDArray[np.float32]) -> list[str]:
+    """Lines about the classes that code chunks [n, T, A], none without any; model: in float64."""
+    if not len(chunks):
+        return []
+    actions = torch.from_numpy(chunks).double()
+    classes = torch.cat([_classes_of(model, model.encode(part)) for part in batches(actions, model.sizes)])
+    counts = torch.bincount(classes, minlength=model.sizes.num_classes).double()
+    return _use(model.sizes, (counts / len(chunks)).tolist())
 
 
 def _decoded(model: ChunkTokenizer, tokens: Tensor) -> Tensor:
@@ -144,14 +164,19 @@ def _prefix(model: ChunkTokenizer, num_tokens: int, error: Tensor) -> PrefixRepo
 
 def _classes(sizes: ChunkSizes, classes: Tensor, errors: Tensor) -> tuple[ClassReport, ...]:
     """classes: [n], of the windows; errors: [n, prefixes], their mean squared errors in normalised units²."""
-    learned = sizes.num_classes - 1 - broad_classes(sizes.num_classes)
     found = []
-    for index in range(sizes.num_classes):
-        kind = ClassKind.ESCAPE if index == sizes.escape else ClassKind.LEARNED if index < learned else ClassKind.BROAD
+    for index, kind in enumerate(_kinds(sizes)):
         members = errors[classes == index]
         mse = tuple(members.mean(dim=0).tolist()) if len(members) else ()
         found.append(ClassReport(kind, len(members) / len(errors), mse))
     return tuple(found)
+
+
+def _kinds(sizes: ChunkSizes) -> list[ClassKind]:
+    """Of each class."""
+    broad = broad_classes(sizes.num_classes)
+    learned = sizes.num_classes - 1 - broad
+    return [ClassKind.LEARNED] * learned + [ClassKind.BROAD] * broad + [ClassKind.ESCAPE]
 
 
 # Text ---------------------------------------------------------------------------------------------------------------
@@ -169,13 +194,12 @@ def format_chunk_report(report: ChunkReport, *, is_verbose: bool = True) -> str:
         f"{sizes.num_tokens} tokens of {2**sizes.token_bits:,} words for {counted(sizes.chunk_length, 'step')} of "
         f"{counted(sizes.action_dim, 'dimension')}, in {sizes.num_classes} classes",
         Table.of(title, (_row(prefix, report.fidelity.unit) for prefix in report.prefixes)).text(),
-        _use(report),
+        *_use(sizes, [row.share for row in report.classes]),
     ]
-    if report.clipped:
-        lines.append(
-            f"WARNING: {100 * report.clipped:.2g}% of the numbers in these actions lie beyond what the tokens can say, "
-            "and decode as its ends: give --normaliser auto, or fit to episodes that reach as far"
-        )
+    if clipping := report.fidelity.clipping_in(MODE, report.dimensions):
+        lines.append(f"{clipping}. Of all numbers {100 * report.clipped:.2g}% lie there")
+    if report.dimensions:
+        lines.append(f"dimensions: {', '.join(f'{place} {name}' for place, name in enumerate(report.dimensions))}")
     if is_verbose:
         columns: dict[str, Callable[[PrefixReport], tuple[float, ...] | None]] = {
             "RMS error": lambda prefix: prefix.rms,
@@ -204,22 +228,29 @@ def _row(prefix: PrefixReport, unit: tuple[float, ...]) -> dict[str, str]:
     }
 
 
-def _use(report: ChunkReport) -> str:
-    def share(kind: ClassKind) -> float:
-        return sum(row.share for row in report.classes if row.kind is kind)
-
-    learned = [row for row in report.classes if row.kind is ClassKind.LEARNED]
-    return (
-        f"classes: {sum(row.share > 0 for row in learned)} of {len(learned)} learned ones code "
-        f"{share(ClassKind.LEARNED):.2%} of the windows, one of them at most {max(row.share for row in learned):.2%}; "
-        f"broad ones {share(ClassKind.BROAD):.2%}, escape {share(ClassKind.ESCAPE):.2%}"
-    )
+def _use(sizes: ChunkSizes, shares: Sequence[float]) -> list[str]:
+    """Lines about the shares of the windows that each class codes."""
+    by_kind: dict[ClassKind, list[float]] = {kind: [] for kind in ClassKind}
+    for kind, share in zip(_kinds(sizes), shares, strict=True):
+        by_kind[kind].append(share)
+    learned, broad = by_kind[ClassKind.LEARNED], sum(by_kind[ClassKind.BROAD])
+    lines = [
+        f"classes: {sum(share > 0 for share in learned)} of {len(learned)} learned ones code {sum(learned):.2%} of the "
+        f"windows, one of them at most {max(learned):.2%}; broad ones {broad:.2%}, escape "
+        f"{sum(by_kind[ClassKind.ESCAPE]):.2%}"
+    ]
+    if broad > _MOST_BROAD:
+        lines.append(
+            f"WARNING: broad classes code {broad:.0%} of the windows: the training episodes have little that is like "
+            "them, so that the first tokens err more than they could; give more episodes"
+        )
+    return lines
 
 
 def _by_dimension(report: ChunkReport, name: str, column: Callable[[PrefixReport], tuple[float, ...] | None]) -> str:
     rows = []
     for dimension in range(report.sizes.action_dim):
-        row = {"tokens": f"dimension {dimension}"}
+        row = {"tokens": report.dimensions[dimension] if report.dimensions else f"dimension {dimension}"}
         for prefix in report.prefixes:
             values = column(prefix)
             if values is not None:

@@ -55,7 +55,8 @@ def _draw_errors(axes: Axes, report: ChunkReport) -> None:
     axes.plot(*worst(lambda row: row.largest), color=ORANGE, marker="v", label="largest")
     axes.plot(*worst(lambda row: row.p99), color=GREEN, marker="s", markersize=4, label="99 % below")
     axes.plot(*worst(lambda row: row.rms), color=BLUE, marker="o", linewidth=2, label="RMS")
-    finish(axes, "Error of the worst dimension, normalised units", x="bits a step", legend=4)
+    within = ", the bound of those within the range" if report.clipped else ""
+    finish(axes, f"Error of the worst dimension, normalised units{within}", x="bits a step", legend=4)
 
 
 def _draw_shares(axes: Axes, report: ChunkReport) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -185,15 +186,16 @@ def _parts(checkpoint: Checkpoint, dataset: ActionDataset) -> tuple[ActionDatase
     if selection is Selection.TRAINING_SPLIT:
         return split.calibration, split.test
     # Nothing was trained on these episodes, so only those that judge are kept apart.
-    return _joined(split.train, split.validation, split.calibration), split.test
+    return joined(split.train, split.validation, split.calibration), split.test
 
 
-def _joined(*parts: ActionDataset) -> ActionDataset:
-    return ActionDataset(
-        tuple(episode for part in parts for episode in part.episodes),
-        tuple(name for part in parts for name in part.names),
-        tuple(task for part in parts for task in part.tasks),
-        parts[0].source,
+def joined(*parts: ActionDataset) -> ActionDataset:
+    """The episodes of all parts of a dataset, one part after the other."""
+    return replace(
+        parts[0],
+        episodes=tuple(episode for part in parts for episode in part.episodes),
+        names=tuple(name for part in parts for name in part.names),
+        tasks=tuple(task for part in parts for task in part.tasks),
     )
 
 

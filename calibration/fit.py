@@ -29,7 +29,6 @@ from rfsq.calibration.settings import (
     BitOrder,
     CalibrationConfig,
     ChunkConfig,
-    ChunkNormaliser,
     Granularity,
     Method,
     Objective,
@@ -68,7 +67,10 @@ def _parser() -> CommandParser:
         text=f"recorded actions: .pt, {DATA_FORMATS}; of the checkpoint's training data only the "
         "calibration episodes are used",
     )
-    parser.add_output("checkpoint; default: build/checkpoints/NAME-METHOD.safetensors, of chunk tokens DATA-chunk")
+    parser.add_output(
+        "checkpoint; default: build/checkpoints/NAME-METHOD.safetensors, of chunk tokens DATA-chunk, or "
+        "DATA-chunk-shared by their order"
+    )
     parser.add_argument("--report-dir", type=path_argument, metavar="DIR", help="default: the same below build/reports")
     parser.add_argument(
         "--kind", type=TokenKind, choices=list(TokenKind), default=TokenKind.STEP,
@@ -101,8 +103,14 @@ def _parser() -> CommandParser:
     _add(group, "chunk_length", int, "T, steps of a chunk", ChunkConfig)
     _add(group, "classes", int, "C, with escape; fewer where there are few data", ChunkConfig)
     _add(group, "vocabulary", int, "words of a token, a power of two", ChunkConfig)
-    group.add_argument("--tokens", type=int, metavar="X", help="L, of a chunk; default: 45, or all that it can use")
-    _add(group, "normaliser", ChunkNormaliser, "what brings actions into [-1, 1]", ChunkConfig)
+    group.add_argument(
+        "--tokens", type=int, metavar="X", help="L, of a chunk; default: as many as 8 bits of each value take"
+    )
+    group.add_argument(
+        "--normaliser", metavar="{auto,none,min-max,F}",
+        help="what brings actions into [-1, 1]: chosen by auto, none, or JSON with kind, offset and scale; default: "
+        "auto",
+    )  # fmt: skip
     _add(group, "order", BitOrder, "of the first bits: own of each class, or shared for a policy", ChunkConfig)
     _add(group, "seed", int, "of the first classes", ChunkConfig)
     return parser
@@ -172,24 +180,21 @@ def _fit_step(options: argparse.Namespace) -> Outcome:
 
 
 def _fit_chunk(options: argparse.Namespace) -> Outcome:
-    from rfsq.calibration.chunk_fitting import chunk_parts, fit_chunk_tokens
+    from rfsq.calibration.chunk_fitting import chunk_parts, fit_chunk_tokens, fitted_on
     from rfsq.calibration.chunk_report import MODE, draw_chunk, format_chunk_report, report_chunk
     from rfsq.calibration.report import staged_report
     from rfsq.rfsq_ref.chunk_checkpoint import save_chunk_checkpoint
     from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_actions
 
     given: Path = options.data or DEMONSTRATIONS
-    output, report_dir = _places(options, f"{given.stem}-chunk")
     config = ChunkConfig(**_given(options, _OF_CHUNK))
+    # A policy is trained on one order or the other: both are kept.
+    order = "" if config.order is BitOrder.OWN else f"-{config.order}"
+    output, report_dir = _places(options, f"{given.stem}-chunk{order}")
     dataset = load_actions(given, key=options.key, filter_key=options.filter_key)
     fitted = fit_chunk_tokens(dataset, config)
     report = report_chunk(fitted, chunk_parts(dataset).judging)
-    data = fitted.provenance["data"]
-    parts = [
-        f"{counted(data[part]['episodes'], 'episode')} ({counted(data[part]['steps'], 'step')}) {use}"
-        for part, use in (("training", "for the classes"), ("calibration", "for scales and gains"))
-    ]
-    print(f"fitted on {' and '.join(parts)} of {data['source']}: {data['selection']}")
+    print(fitted_on(fitted.provenance))
     print("\n".join(fitted.provenance["remarks"]))
     print(format_chunk_report(report, is_verbose=options.verbose))
     with staged_report(report, report_dir, draw_chunk, fitted.provenance):

@@ -62,8 +62,8 @@ class CalibrationConfig:
 
 
 class ChunkNormaliser(StrEnum):
-    """How actions come into [-1, 1], beyond which chunk tokens say nothing: `auto` is `min-max` where they are not of
-    about that size, else `none`."""
+    """How actions come into [-1, 1], beyond which chunk tokens say nothing: `min-max` of all episodes and some more;
+    `auto` is that where they are not of about that size, else `none`."""
 
     AUTO = "auto"
     NONE = "none"
@@ -83,14 +83,15 @@ class ChunkConfig:
     """Which chunk tokens to fit, and how.
 
     chunk_length: T, steps of a chunk; classes: C, with escape, fewer where the data have too few windows; vocabulary:
-    words of a token, a power of two; tokens: L, of a chunk, None = 45, or as many as a small chunk can use.
+    words of a token, a power of two; tokens: L, of a chunk, None for about 8 bits of each value; normaliser: also the
+    path of a JSON file with kind, offset and scale.
     """
 
     chunk_length: int = 8
     classes: int = 64
     vocabulary: int = 1024
     tokens: int | None = None
-    normaliser: ChunkNormaliser = ChunkNormaliser.AUTO
+    normaliser: ChunkNormaliser | str = ChunkNormaliser.AUTO
     order: BitOrder = BitOrder.OWN
     seed: int = 0
 

@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from rfsq.calibration.chunk_fitting import ChunkParts, chunk_normaliser
+import numpy as np
+
+from rfsq.calibration.chunk_normaliser import chunk_normaliser
 from rfsq.calibration.settings import ChunkNormaliser
 from rfsq.evidence.beast import beast_codecs
 from rfsq.evidence.chunk_codec import chunk_codecs, fit_chunk_model, sizes_for
@@ -32,7 +34,7 @@ def wrong_tokens_of(codec: TokenCodec, trial: Trial, parts: Parts, length: int) 
 def chunk_job(trial: Trial, length: int, seed: int, left_out: str = "") -> Judged:
     """Chunk tokens of one seed, as a build fits them: to training episodes, scales to calibration episodes too."""
     parts = trial.parts(left_out)
-    normaliser, _ = chunk_normaliser(ChunkParts(parts.train, parts.calibration, parts.judged), ChunkNormaliser.AUTO)
+    normaliser, _ = chunk_normaliser(trial.dataset, ChunkNormaliser.AUTO)
     sizes = sizes_for(trial.budgets[-1], trial.dataset.action_dim, length)
     codecs = chunk_codecs(fit_chunk_model(parts.train, parts.calibration, sizes, normaliser, seed), trial.budgets)
     reports = tuple(trial.report(codec, parts.judged, length) for codec in codecs)
@@ -59,9 +61,15 @@ def beast_job(trial: Trial, length: int, left_out: str = "") -> Judged:
 
 
 def bins_job(trial: Trial) -> Judged:
-    """Uniform bins, the best within each budget on the judged episodes themselves."""
+    """Uniform bins, the best within each budget on the judged episodes themselves. Those of the whole range have that
+    of chunk tokens."""
     parts = trial.parts()
-    codecs = (fit_bins(parts.fitted.steps(), kind, bits) for kind in BinRange for bits in (1, *BIN_BITS))
+    steps = dict.fromkeys(BinRange, parts.fitted.steps())
+    normaliser, _ = chunk_normaliser(trial.dataset, ChunkNormaliser.AUTO)
+    if normaliser is not None:
+        offset, scale = np.array([normaliser.offset, normaliser.scale], np.float32)
+        steps[BinRange.FULL] = np.stack([offset - scale, offset + scale])
+    codecs = (fit_bins(steps[kind], kind, bits) for kind in BinRange for bits in (1, *BIN_BITS))
     return _best(codecs, trial, parts, 1)
 
 

@@ -23,7 +23,7 @@ _MOST_PARITY_STEPS = 10**9
 
 _FOLDERS = {TokenKind.STEP: Path("build/bundle"), TokenKind.CHUNK: Path("build/chunk")}
 #: Settings that a kind of tokens has no use for.
-_UNUSED = {TokenKind.CHUNK: ("conditioning", "use_layernorm", "weights", "normaliser", "readout", "prefixes")}
+_UNUSED = {TokenKind.CHUNK: ("conditioning", "use_layernorm", "weights", "readout", "prefixes")}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class BuildConfig:
     prefixes: None for 3 where the model has as many layers, and L; backends: None for ONNX Runtime, on the GPU too
     where it can, every TensorRT that is installed, and C where there is a compiler; conditioning: None for
     `calibrated` with a robust checkpoint and `none` with a naive one; use_layernorm: for files that do not say it;
-    weights: the model in a checkpoint that holds several.
+    weights: the model in a checkpoint that holds several; normaliser: a JSON file, or for a fit of chunk tokens a
+    choice of `ChunkNormaliser`.
     """
 
     kind: TokenKind | None = None
@@ -98,7 +99,8 @@ class BuildConfig:
         if kind is TokenKind.STEP:
             _refuse(self._of_fit(), "kind 'step'")
         elif self.checkpoint is not None:
-            _refuse(self._of_fit() | ({"chunk_length"} if self.chunk_length else set()), "a fit that is done")
+            others = {name for name in ("chunk_length", "normaliser") if getattr(self, name) is not None}
+            _refuse(self._of_fit() | others, "a fit that is done")
         _refuse(unused, f"kind {kind.value!r}")
         return kind
 

@@ -68,7 +68,7 @@ def parser() -> CommandParser:
     for name, text in (
         ("classes", "C, with escape; default: 64, fewer where there are few data"),
         ("vocabulary", "words of a token, a power of two; default: 1024"),
-        ("tokens", "L, of a chunk; default: 45, or all that it can use"),
+        ("tokens", "L, of a chunk; default: as many as 8 bits of each value take"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="X", help=f"of a fit of chunk tokens: {text}")
     parser.add_argument("--order", choices=_ORDERS, help="of a fit of chunk tokens: of the first bits; default: own")
@@ -84,11 +84,10 @@ def parser() -> CommandParser:
         "neither torch nor the checkpoint",
     )  # fmt: skip
     parser.add_argument(
-        "--normaliser",
-        type=path_argument,
-        metavar="F",
-        help="JSON with kind, offset and scale, folded into the engines",
-    )
+        "--normaliser", type=path_argument, metavar="F",
+        help="JSON with kind, offset and scale, folded into the engines; for a fit of chunk tokens also auto, none or "
+        "min-max, default: auto",
+    )  # fmt: skip
     parser.add_argument("--conditioning", choices=STEP_MODES, help="default: calibrated if robust")
     parser.add_argument(
         "--readout", choices=_READOUTS,
@@ -184,7 +183,8 @@ def verdict(output: Path, manifest: Manifest) -> str:
     lines = [f"✓ {output} is built and validated, fingerprint {manifest.fingerprint[:16]}"]
     if manifest.quality is not None:
         lines.append(f"what the tokens are worth: {manifest.quality.line}")
-        lines += filter(None, [manifest.quality.fidelity.warning_in(manifest.model.mode)])
+        worth, mode = manifest.quality.fidelity, manifest.model.mode
+        lines += filter(None, [worth.clipping_in(mode), worth.warning_in(mode)])
     return "\n".join(lines)
 
 

@@ -58,11 +58,12 @@ def c_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> CTokenizer:
 
 def check_size(plan: ChunkPlan, tables: Iterable[Array | IntArray], most: int, backend: str) -> None:
     """Raises SourceTooLargeError for tables of more numbers than `most`."""
-    if sum(values.size for values in tables) > most:
+    count, sizes = sum(values.size for values in tables), plan.sizes
+    if count > most:
         raise SourceTooLargeError(
-            f"{plan.sizes.num_classes} classes of {plan.sizes.num_values} values and {plan.num_latents} latents are "
-            f"more than the {most:,} numbers that the backend {backend} has room for: fit fewer classes, a shorter "
-            "chunk or fewer tokens, or build without it"
+            f"its tables would have {count:,} numbers, for {sizes.num_classes} classes of {sizes.num_values} values "
+            f"and {plan.num_latents} latents, and the backend {backend} has room for {most:,}: build without it, or "
+            "fit fewer classes, a shorter chunk or fewer tokens"
         )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rfsq.calibration.chunk_fitting import chunk_parts, fit_chunk_tokens
+from rfsq.calibration.chunk_fitting import chunk_parts, fit_chunk_tokens, fitted_on
+from rfsq.calibration.chunk_report import class_use
 from rfsq.calibration.settings import ChunkConfig
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.c_source import CTokenizer
@@ -26,9 +28,10 @@ from rfsq.export.graph_builder import LinearForm
 from rfsq.export.progress import phase
 from rfsq.export.reference import Section
 from rfsq.export.sources import MOST_HELD_OUT, BuildData
-from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint, load_chunk_checkpoint
+from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint, load_chunk_checkpoint, save_chunk_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
 from rfsq.rfsq_ref.errors import DataError
+from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.manifest import GraphEntry
 from rfsq.runtime.bundle.models import ChunkModel
 from rfsq.runtime.bundle.paths import counted
@@ -36,12 +39,14 @@ from rfsq.runtime.bundle.paths import counted
 
 @dataclass(frozen=True, eq=False)
 class ChunkTokens:
-    """A `Deployable`. file: the name of the checkpoint, or what it was fitted to."""
+    """A `Deployable`. file: the name of the checkpoint, or what it was fitted to; is_new: whether this build
+    fitted it."""
 
     checkpoint: ChunkCheckpoint
     reference: ChunkReference
     data: BuildData
     file: str
+    is_new: bool = False
 
     @cached_property
     def _plan(self) -> ChunkPlan:
@@ -91,6 +96,13 @@ class ChunkTokens:
     def sections(self, num_steps: int) -> tuple[Section, ...]:
         return chunk_sections(self.reference.model, self.data.held_out, limit=ACTION_LIMIT, num_steps=num_steps)
 
+    def keep_fit(self, folder: Path) -> None:
+        """Beside the folder of the bundle, where this build fitted it."""
+        if self.is_new:
+            path = folder.with_name(f"{folder.name}-fit.safetensors")
+            save_chunk_checkpoint(self.checkpoint, path)
+            print(f"the fit is kept in {path}: build it with {command('build', f'--checkpoint {path} --data …')}")
+
 
 def load_chunk_tokens(config: BuildConfig) -> ChunkTokens:
     """Open the file of a fit, or fit to demonstrations. Raises UnusableError."""
@@ -108,17 +120,23 @@ def load_chunk_tokens(config: BuildConfig) -> ChunkTokens:
         if checkpoint is None:
             assert dataset is not None  # where there is no checkpoint there are demonstrations
             checkpoint = fit_chunk_tokens(dataset, _fit_config(config))
-            current.note(_describe(checkpoint), *checkpoint.provenance["remarks"])
+            provenance = checkpoint.provenance
+            current.note(_describe(checkpoint), fitted_on(provenance), *provenance["remarks"])
+            data = _build_data(checkpoint, dataset)
+            current.note(*class_use(checkpoint.model(dtype=torch.float64), data.held_out))
         else:
+            data = _build_data(checkpoint, dataset)
             current.skip("nothing to fit")
-    data = _build_data(checkpoint, dataset)
     file = config.checkpoint.name if config.checkpoint else str(dataset.source if dataset else "")
-    return ChunkTokens(checkpoint, ChunkReference(checkpoint.model(dtype=torch.float64)), data, file)
+    reference = ChunkReference(checkpoint.model(dtype=torch.float64))
+    return ChunkTokens(checkpoint, reference, data, file, is_new=config.checkpoint is None)
 
 
 def _fit_config(config: BuildConfig) -> ChunkConfig:
     chosen = config.chunk or ChunkConfig()
-    return chosen if config.chunk_length is None else replace(chosen, chunk_length=config.chunk_length)
+    if config.chunk_length is not None:
+        chosen = replace(chosen, chunk_length=config.chunk_length)
+    return chosen if config.normaliser is None else replace(chosen, normaliser=str(config.normaliser))
 
 
 def _dataset(config: BuildConfig, checkpoint: ChunkCheckpoint | None) -> ActionDataset | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rfsq.export.c_source import CTokenizer
@@ -43,6 +44,9 @@ class Deployable(Protocol):
 
     def sections(self, num_steps: int) -> tuple[Section, ...]:
         """What gates are run on: so many control steps or more."""
+
+    def keep_fit(self, folder: Path) -> None:
+        """Of a build into this folder that fails: save what took long to fit, if anything did, and say where."""
 
 
 def checked_graph(

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import onnx
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.logger import G_LOGGER
-from tqdm import tqdm
 
 # Before Polygraphy opens ONNX Runtime: switches its telemetry off.
 import rfsq.runtime.backends.onnxruntime  # noqa: F401
@@ -31,7 +30,7 @@ from rfsq.runtime.backends.refusal import judge_refusal
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array
 from rfsq.runtime.bundle.comparison import TokenComparison, action_errors
-from rfsq.runtime.bundle.console import aligned
+from rfsq.runtime.bundle.console import ProgressLine, aligned
 from rfsq.runtime.bundle.fidelity import Fidelity
 from rfsq.runtime.bundle.gates import GATES, near_tie_cap
 from rfsq.runtime.bundle.golden import Golden
@@ -167,11 +166,13 @@ def prove(
     """Run the backends through all gates; a line for every red one."""
     judges = judges_of(backends, reference, model)
     total = sum(section.num_steps for section in sections)
-    with tqdm(total=total, desc="  parity", unit="step", unit_scale=True, leave=False, disable=None) as progress:
-        for answers in batches(reference, sections):
-            for judge in judges:
-                judge.judge(answers)
-            progress.update(answers.expected.actions[..., 0].size)
+    progress, done = ProgressLine(), 0
+    for answers in batches(reference, sections):
+        for judge in judges:
+            judge.judge(answers)
+        done += answers.expected.actions[..., 0].size
+        progress.show(f"  parity gates: {done:,} of {total:,} steps")
+    progress.clear()
     parity = tuple(entry for judge in judges for entry in judge.entries())
     problems = failures(parity)
     for backend in backends:
@@ -242,13 +243,17 @@ def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: Mod
     evaluator = onnx_evaluator(onnx_bytes)
     session = SessionFromOnnx(onnx_bytes, providers=["cpu"])
     problems = []
+
+    def evaluated(feed: _Feed) -> _Arrays:
+        # What overflows is clipped behind that.
+        with np.errstate(over="ignore"):
+            return dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True))
+
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(session) as runtime:
         for feed, expected in _feeds(entry, golden, model):
             answers = {
                 "ONNX Runtime": _in_parts(runtime.infer, feed),
-                "onnx reference evaluator": _in_parts(
-                    lambda part: dict(zip(evaluator.output_names, evaluator.run(None, part), strict=True)), feed
-                ),
+                "onnx reference evaluator": _in_parts(evaluated, feed),
             }
             judged = ((name, _disagreement(entry, golden, model, expected, found)) for name, found in answers.items())
             problems += [f"{entry.file} on {name}: {wrong}" for name, wrong in judged if wrong]

@@ -59,36 +59,44 @@ def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
     kind = config.token_kind
     with stage_bundle(config.folder, overwrite=config.overwrite) as staged:
         tokens: Deployable = load_chunk_tokens(config) if kind is TokenKind.CHUNK else load_step_tokens(config)
-        draft = _export(config, tokens, staged)
-        reference, held_out = tokens.reference, tokens.data.held_out
-        action_mse, fidelity = reference.action_mse(held_out), reference.fidelity(held_out)
-        with _worth_first(fidelity, draft.model.mode):
-            sections, golden = _examine(config, tokens, draft, staged)
-        draft = replace(
-            draft,
-            engines=_compile(config, draft, staged),
-            provenance={**tokens.provenance, "data": tokens.data.description, "action_mse": action_mse},
-            quality=tokens.data.quality(fidelity),
-        )
+        try:
+            return _build(config, tokens, staged, has_tables=has_tables)
+        except BaseException:
+            tokens.keep_fit(config.folder)
+            raise
 
-        def judge(backends: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
-            with phase("parity gates") as current:
-                parity, problems = prove(draft.model, golden, reference, sections, backends)
-                current.note(*(f"{backend.name}: {backend.description}" for backend in backends))
-                told = absent if has_tables else without_gpu_as_one(absent)
-                current.note(*(f"NOT run: {name}: {reason}" for name, reason in told.items()))
-                outcome = f"{parity[0].steps} steps against PyTorch float64"
-                if problems:
-                    current.fail(f"{outcome}: {len(problems)} gates are red")
-                else:
-                    current.note(outcome)
-            if has_tables or problems:
-                print(closing_tables(parity, action_mse, fidelity, tokens.data.judged_on))
-            require_none(problems)
-            return parity
 
-        with _worth_first(fidelity, draft.model.mode):
-            return seal_proven(staged, draft, judge, config.backends, required=_required(config))
+def _build(config: BuildConfig, tokens: Deployable, staged: StagedBundle, *, has_tables: bool) -> Manifest:
+    draft = _export(config, tokens, staged)
+    reference, held_out = tokens.reference, tokens.data.held_out
+    action_mse, fidelity = reference.action_mse(held_out), reference.fidelity(held_out)
+    with _worth_first(fidelity, draft.model.mode):
+        sections, golden = _examine(config, tokens, draft, staged)
+    draft = replace(
+        draft,
+        engines=_compile(config, draft, staged),
+        provenance={**tokens.provenance, "data": tokens.data.description, "action_mse": action_mse},
+        quality=tokens.data.quality(fidelity),
+    )
+
+    def judge(backends: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
+        with phase("parity gates") as current:
+            parity, problems = prove(draft.model, golden, reference, sections, backends)
+            current.note(*(f"{backend.name}: {backend.description}" for backend in backends))
+            told = absent if has_tables else without_gpu_as_one(absent)
+            current.note(*(f"NOT run: {name}: {reason}" for name, reason in told.items()))
+            outcome = f"{parity[0].steps} steps against PyTorch float64"
+            if problems:
+                current.fail(f"{outcome}: {len(problems)} gates are red")
+            else:
+                current.note(outcome)
+        if has_tables or problems:
+            print(closing_tables(parity, action_mse, fidelity, tokens.data.judged_on))
+        require_none(problems)
+        return parity
+
+    with _worth_first(fidelity, draft.model.mode):
+        return seal_proven(staged, draft, judge, config.backends, required=_required(config))
 
 
 @contextlib.contextmanager
@@ -131,7 +139,7 @@ def _unless_too_large(config: BuildConfig, backend: str, current: Phase) -> Iter
     except SourceTooLargeError as error:
         if backend in (config.backends or ()):
             raise
-        current.skip(str(error))
+        current.skip(f"left out: {error}")
 
 
 def _examine(

@@ -38,7 +38,8 @@ class ActionDataset:
 
     episodes: float32 [steps, A] each, finite, at least one step, C-contiguous and read-only (other floating-point
     arrays are converted); names and tasks: one per episode, task "" when unknown; source: the file's or folder's name;
-    has_borders: False where the file does not say where episodes end, so that all its steps are taken for one.
+    has_borders: False where the file does not say where episodes end, so that all its steps are taken for one;
+    dimensions: the name of each, or none.
     Raises DataError for episodes that cannot be made so.
     """
 
@@ -47,6 +48,7 @@ class ActionDataset:
     tasks: tuple[str, ...]
     source: str
     has_borders: bool = True
+    dimensions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.episodes:
@@ -72,6 +74,10 @@ class ActionDataset:
     @property
     def num_steps(self) -> int:
         return sum(map(len, self.episodes))
+
+    def dimension(self, index: int) -> str:
+        """Such as `dimension 5`, or `dimension 5 (gripper)`, for people."""
+        return f"dimension {index} ({self.dimensions[index]})" if self.dimensions else f"dimension {index}"
 
     @cached_property
     def sha256(self) -> str:
@@ -186,6 +192,7 @@ def _load_source(path: Path, source: Source) -> ActionDataset:
         tuple(source.tasks(table)),
         path.name or path.absolute().name,
         source.has_borders,
+        source.action_names,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from .advice import command
 from .arrays import Float32Array, Float64Array
-from .paths import shortlist
+from .paths import counted, shortlist
 
 #: Share of a dimension's variance that decoding may lose before people are warned. At 1 % the RMS error is a tenth of
 #: the standard deviation: as much as ten plain bins over an evenly filled range leave, 3.3 bits without any model.
@@ -26,6 +26,8 @@ POOR_SHARE = 0.01
 WORTHLESS_SHARE, OUTSIDE_SHARE = 1.0, 0.5
 #: In units of the normaliser, which maps what the model was trained on to about -1 to 1.
 FAR = 5.0
+#: The same, beyond which chunk tokens decode to nothing; by as much as the last digits, rounding reaches farther.
+CHUNK_RANGE = 1 + 1e-6
 
 
 class Grade(StrEnum):
@@ -95,9 +97,11 @@ class Fidelity:
     @cached_property
     def far_outside(self) -> tuple[int, ...]:
         """Dimensions whose actions go far beyond what the normaliser maps to about -1 to 1, the farthest first."""
-        low, high, unit, offset = map(np.array, (self.low, self.high, self.unit, self.offset))
-        reach = np.maximum(offset - low, high - offset) / unit
-        return tuple(place for place in np.argsort(-reach).tolist() if reach[place] > FAR)
+        return _beyond(FAR, self.low, self.high, self.unit, self.offset)
+
+    def clipping_in(self, mode: str, names: Sequence[str] = ()) -> str:
+        """`clipping` where the tokens are of chunks, else empty; mode: of the tokens."""
+        return clipping(self.low, self.high, self.unit, self.offset, names) if mode == "chunk" else ""
 
     def warning_in(self, mode: str) -> str:
         """What a person should know, naming the worst dimensions; empty where all are good. mode: of the tokens."""
@@ -110,7 +114,7 @@ class Fidelity:
         if self.grade is Grade.POOR:
             return (
                 f"WARNING: the tokens are poor: decoded actions lose more than {POOR_SHARE:.0%} of the variance in "
-                f"{size}; {most}. {_way_out(mode)}"
+                f"{size}; {most}. {self._advice(found[0], mode)}"
             )
         return (
             f"WARNING: the tokens are worthless: always sending the mean would do better, or about as well, in {size}; "
@@ -151,6 +155,11 @@ class Fidelity:
             f"{self.grade}; in robot units: RMS error at most {self.rmse[error]:.3g} (dimension {error}), largest "
             f"error {self.largest[largest]:.3g} (dimension {largest}); at most {share} is lost (dimension {lost})"
         )
+
+    def _advice(self, dimension: int, mode: str) -> str:
+        """What helps where the tokens are poor in this dimension."""
+        is_clipped = dimension in _beyond(CHUNK_RANGE, self.low, self.high, self.unit, self.offset)
+        return wider() if is_clipped and mode == "chunk" else _way_out(mode)
 
     def _grade(self, dimension: int) -> Grade:
         share = self.lost[dimension]
@@ -229,6 +238,46 @@ def fidelity(
     return sums.result()
 
 
+def clipping(
+    low: Sequence[float],
+    high: Sequence[float],
+    unit: Sequence[float],
+    offset: Sequence[float],
+    names: Sequence[str] = (),
+) -> str:
+    """A warning about actions that chunk tokens clip, naming the dimension where most; empty where there are none.
+
+    low, high: the range [A] of the actions; unit, offset: the normaliser's; names: of the dimensions, or none.
+    """
+    found = _beyond(CHUNK_RANGE, low, high, unit, offset)
+    if not found:
+        return ""
+    worst = found[0]
+    name = f" ({names[worst]})" if names else ""
+    others = f"; others lie beyond in {counted(len(found) - 1, 'dimension')} more" if len(found) > 1 else ""
+    return (
+        "WARNING: actions lie beyond the range of the tokens, and decode as its ends, where no bound holds: dimension "
+        f"{worst}{name} runs from {low[worst]:.4g} to {high[worst]:.4g}, the range from "
+        f"{offset[worst] - unit[worst]:.4g} to {offset[worst] + unit[worst]:.4g}{others}. {wider()}"
+    )
+
+
+def _beyond(reach: float, *columns: Sequence[float]) -> tuple[int, ...]:
+    """Dimensions whose actions go farther, in units of the normaliser, the farthest first. columns: low, high, unit,
+    offset."""
+    low, high, unit, offset = map(np.array, columns)
+    found = np.maximum(offset - low, high - offset) / unit
+    return tuple(place for place in np.argsort(-found).tolist() if found[place] > reach)
+
+
+def wider() -> str:
+    """What helps where chunk tokens do not reach as far as the actions."""
+    return (
+        "Fit them again to actions that reach as far, or to the limits of the robot "
+        f"({command('calibrate', '--kind chunk --normaliser FILE')}); without a normaliser the range is -1 to 1"
+    )
+
+
 def _way_out(mode: str) -> str:
     """What helps against poor tokens."""
     if mode in ("none", "recovered"):
@@ -242,7 +291,10 @@ def _way_out(mode: str) -> str:
 
 def _remedy(mode: str) -> str:
     if mode == "chunk":
-        return f"take more tokens, or fit to more actions like these ({command('calibrate', '--kind chunk')})"
+        return (
+            f"fit to more actions like these ({command('calibrate', '--kind chunk')}), or take more tokens if a chunk "
+            "can use more"
+        )
     return f"train it longer, or on actions like these ({command('train')})"
 
 

@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 
 from ..bundle.arrays import Float64Array, Int64Array
+from ..bundle.fidelity import CHUNK_RANGE
 from .episodes import WholePass, check_stated, farthest
 from .format import DatasetInfo, Outlier
 from .progress import Progress
@@ -44,7 +45,7 @@ class ChunkSource(Source):
     """A row for every `stride`-th step of each episode of `steps`: the T actions from there on, float32 [n, T * A].
 
     Beyond the end of an episode its last action is repeated. Gaps between frames are passed over. table: all episodes,
-    in steps; chunks: the same in rows; farthest: the action farthest outside of what the model knows, if any is.
+    in steps; chunks: the same in rows; farthest: the action farthest beyond the range of the tokens, if any is.
     """
 
     kind = "chunks of demonstrations"
@@ -63,7 +64,7 @@ class ChunkSource(Source):
         """
         whole, progress, outliers = WholePass(steps, model.action_dim, limit), Progress(steps.num_steps), []
         for _, found in whole:
-            outliers.append(farthest(found, *units))
+            outliers.append(farthest(found, *units, CHUNK_RANGE))
             progress.add(len(found))
             progress.show()
         progress.finish()

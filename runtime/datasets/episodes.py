@@ -97,18 +97,18 @@ def check_values(steps: Steps, source: Source, first_row: int, limit: float) -> 
     )
 
 
-def farthest(steps: Steps, unit: Float64Array, offset: Float64Array) -> Outlier | None:
-    """The action farthest outside of what a normaliser [A] maps to about -1 to 1, None where none is beyond FAR."""
+def farthest(steps: Steps, unit: Float64Array, offset: Float64Array, least: float = FAR) -> Outlier | None:
+    """The action farthest outside of what a normaliser [A] maps to about -1 to 1, None where none is beyond `least`."""
     values = steps.values
     most = max(float(values.max()), -float(values.min()))
     # Of most data this says enough, in a tenth of the time.
-    if ((most + np.abs(offset)) / unit).max() <= FAR:
+    if ((most + np.abs(offset)) / unit).max() <= least:
         return None
     reach = np.abs(values - offset) / unit
     row, dimension = divmod(int(reach.argmax()), len(unit))
     places = (int(steps.episode[row]), int(steps.frame[row]), dimension)
     found = Outlier(float(reach[row, dimension]), float(values[row, dimension]), *places)
-    return found if found.reach > FAR else None
+    return found if found.reach > least else None
 
 
 class WholePass:

@@ -310,10 +310,13 @@ def _read_meta(folder: Path, key: str, width: int, footers: Sequence[_Footer]) -
 
 
 def _action_names(stated: Any, width: int) -> tuple[str, ...]:
-    """A list or, in older files, one below a word such as `motors`. Names are for people: odd ones count as none."""
-    listed = next(iter(stated.values())) if isinstance(stated, dict) and len(stated) == 1 else stated
-    is_whole = isinstance(listed, list) and len(listed) == width and all(isinstance(name, str) for name in listed)
-    return tuple(listed) if is_whole and all(listed) else ()
+    """A list, a list in a list, or lists below words such as `motors`. Names are for people: odd ones count as none."""
+    groups = list(stated.values()) if isinstance(stated, dict) else stated
+    if not isinstance(groups, list):
+        return ()
+    names = [name for group in groups for name in (group if isinstance(group, list) else [group])]
+    is_whole = len(names) == width and all(isinstance(name, str) and name.strip() for name in names)
+    return tuple(names) if is_whole else ()
 
 
 def _info(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -6,9 +6,14 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..bundle.command import DATA_FORMATS, DONE, WANTING, CommandParser, Outcome, positive, run
 from .rows import CHUNK_SIZES, STEP_SIZES
+
+if TYPE_CHECKING:
+    from ..bundle.fidelity import Fidelity
+    from .format import Outlier
 
 #: Formats by what is written.
 ENCODED, DECODED = ("parquet", "zarr"), ("parquet", "npz", "hdf5")
@@ -65,6 +70,23 @@ def parser() -> CommandParser:
     return parser
 
 
+def _about(far: Outlier, worth: Fidelity, *, is_chunk: bool) -> str:
+    """The warning about an action that no token gives."""
+    from ..bundle.fidelity import wider
+
+    place = f"WARNING: episode {far.episode}, step {far.step}, dimension {far.dimension} is {far.value:g}, "
+    if not is_chunk:
+        return (
+            f"{place}{far.reach:.3g} times as far from the middle as what the model was trained on: no token gives "
+            "that; repair or drop this episode"
+        )
+    unit, offset = worth.unit[far.dimension], worth.offset[far.dimension]
+    return (
+        f"{place}beyond the range of the tokens, from {offset - unit:.4g} to {offset + unit:.4g}, and decodes as the "
+        f"end of that. {wider()}"
+    )
+
+
 def _work(options: argparse.Namespace) -> Outcome:
     from ..bundle.fidelity import Grade
     from .conversion import convert
@@ -87,11 +109,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     lines += filter(None, [worth.warning_in(found.model.mode)])
     far = found.verification.farthest
     if far is not None and worth.grade is not Grade.WORTHLESS:
-        lines.append(
-            f"WARNING: episode {far.episode}, step {far.step}, dimension {far.dimension} is {far.value:g}, "
-            f"{far.reach:.3g} times as far from the middle as what the model was trained on: no token gives that; "
-            "repair or drop this episode"
-        )
+        lines.append(_about(far, worth, is_chunk=found.num_chunks is not None))
     is_worthless = worth.grade is Grade.WORTHLESS
     if is_worthless:
         lines.append(

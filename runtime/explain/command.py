@@ -68,6 +68,8 @@ def _length(text: str) -> float:
 
 def _work(options: argparse.Namespace) -> Outcome:
     refuse_existing([options.output], overwrite=options.overwrite)
+    from ..bundle.fidelity import clipping
+    from ..bundle.models import ChunkModel
     from ..datasets.sources import open_source
     from ..tokenizer import ActionTokenizer
     from .measure import explain
@@ -104,6 +106,10 @@ def _work(options: argparse.Namespace) -> Outcome:
             "angles they say nothing"
         )
     print("\n".join(map(printable, lines)))
+    if isinstance(model, ChunkModel):
+        ends = samples.low.tolist(), samples.high.tolist()
+        if warning := clipping(*ends, model.action_units, model.action_offset, names):
+            print(printable(warning))
     verdict = f"✓ {options.output}: {counted(len(found.chunks), 'chunk')} shown, {found.counted:,} counted; "
     return Outcome(verdict + _judged(found, model.depth_unit), _document(options, found))
 

@@ -30,16 +30,22 @@ class Samples:
     """S chunks of a dataset, in its order, none over the end of an episode.
 
     actions: float32 [S, T, A], in the robot's units; episode, step: int64 [S], the number of the episode, and how many
-    of its steps come before; shown: int64, places in 0 ... S - 1 of those that the page shows; largest: float64 [A],
-    the largest |action| of the whole dataset; num_chunks: how many chunks it has, one behind the other.
+    of its steps come before; shown: int64, places in 0 ... S - 1 of those that the page shows; low, high: float32 [A],
+    the range of the whole dataset; num_chunks: how many chunks it has, one behind the other.
     """
 
     actions: Float32Array
     episode: Int64Array
     step: Int64Array
     shown: Int64Array
-    largest: Float32Array
+    low: Float32Array
+    high: Float32Array
     num_chunks: int
+
+    @property
+    def largest(self) -> Float32Array:
+        """The largest |action| of the whole dataset, [A]."""
+        return np.maximum(-self.low, self.high)
 
 
 def choose_samples(source: Source, model: ModelEntry, episodes: Sequence[int] | None = None) -> Samples:
@@ -49,10 +55,11 @@ def choose_samples(source: Source, model: ModelEntry, episodes: Sequence[int] | 
     no whole chunk.
     """
     length = model.chunk_length
-    largest = np.zeros(model.action_dim, np.float32)
+    low, high = np.full(model.action_dim, np.inf, np.float32), np.full(model.action_dim, -np.inf, np.float32)
     whole = WholePass(source, model.action_dim, float(np.float32(model.action_limit)))
     for _, steps in whole:
-        np.maximum(largest, np.abs(steps.values).max(axis=0), out=largest)
+        np.minimum(low, steps.values.min(axis=0), out=low)
+        np.maximum(high, steps.values.max(axis=0), out=high)
     first_rows, owner = _chunk_rows(whole.episodes, length)
     if not len(first_rows):
         raise InvalidInputError(
@@ -71,7 +78,8 @@ def choose_samples(source: Source, model: ModelEntry, episodes: Sequence[int] | 
         episode=whole.episodes.numbers[owner[places]],
         step=first_rows[places] - whole.episodes.starts[owner[places]],
         shown=np.searchsorted(places, shown),
-        largest=largest,
+        low=low,
+        high=high,
         num_chunks=len(first_rows),
     )
 

@@ -13,6 +13,7 @@ from rfsq.calibration.chunk_fitting import chunk_parts, fit_chunk_tokens
 from rfsq.calibration.chunk_report import (
     ChunkReport,
     ClassKind,
+    class_use,
     draw_chunk,
     format_chunk_report,
     report_chunk,
@@ -125,8 +126,40 @@ def test_actions_beyond_the_range_are_warned_of(checkpoint: ChunkCheckpoint, jud
     normalised = model.normalised(windows(far.episodes, 4).reshape(-1, 4, 3))
     assert found.clipped == pytest.approx(float((normalised.abs() > 1).double().mean()))
     assert found.clipped > 0
-    assert "of the numbers in these actions lie beyond what the tokens can say" in format_chunk_report(found)
-    assert "lie beyond" not in format_chunk_report(replace(found, clipped=0.0))
+    printed = format_chunk_report(replace(found, dimensions=("pan", "lift", "gripper")))
+    low, high = far.steps()[:, 1].min(), far.steps()[:, 1].max()
+    assert "actions lie beyond the range of the tokens, and decode as its ends, where no bound holds" in printed
+    assert f"dimension 1 (lift) runs from {low:.4g} to {high:.4g}, the range from " in printed
+    assert f"Of all numbers {100 * found.clipped:.2g}% lie there" in printed
+    assert "lie beyond" not in format_chunk_report(report_chunk(checkpoint, judging))
+
+
+def test_what_a_build_says_of_classes_is_what_the_report_says(
+    checkpoint: ChunkCheckpoint, judging: ActionDataset
+) -> None:
+    report, model = report_chunk(checkpoint, judging), checkpoint.model(dtype=torch.float64)
+    chunks = windows(judging.episodes, 4).reshape(-1, 4, 3).float().numpy()
+    (line,) = class_use(model, chunks)
+    assert line in format_chunk_report(report)
+    assert class_use(model, chunks[:0]) == []
+
+
+def test_dimensions_have_the_names_that_the_data_give_them(checkpoint: ChunkCheckpoint, judging: ActionDataset) -> None:
+    found = report_chunk(checkpoint, replace(judging, dimensions=("pan", "lift", "gripper")))
+    assert "dimensions: 0 pan, 1 lift, 2 gripper" in format_chunk_report(found, is_verbose=False)
+    assert [line for line in format_chunk_report(found).splitlines() if line.startswith("lift ")]
+
+
+def test_data_that_only_broad_classes_code_are_warned_of(report: ChunkReport) -> None:
+    def with_share(share: float) -> str:
+        kinds = [row.kind for row in report.classes]
+        place = kinds.index(ClassKind.BROAD)
+        rows = [replace(row, share=share if index == place else 0.0) for index, row in enumerate(report.classes)]
+        rows[0] = replace(rows[0], share=1 - share)
+        return format_chunk_report(replace(report, classes=tuple(rows)))
+
+    assert "WARNING: broad classes code 51% of the windows" in with_share(0.51)
+    assert "WARNING: broad" not in with_share(0.5)
 
 
 def test_many_windows_are_sampled(

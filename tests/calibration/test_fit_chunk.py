@@ -118,11 +118,33 @@ def test_without_an_output_files_have_the_name_of_the_data(
 
 
 @has_blank_picture
+def test_both_orders_of_the_same_data_have_files_of_their_own(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for order in ("own", "shared"):
+        assert main(["--kind", "chunk", "--data", str(data), "--classes", "4", "--order", order, "-q"]) == 0
+    names = {path.name for path in Path("build/checkpoints").iterdir()}
+    assert names == {"lab-chunk.safetensors", "lab-chunk-shared.safetensors"}
+
+
+@has_blank_picture
+def test_limits_of_a_robot_are_a_file(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = tmp_path / "limits.json"
+    limits.write_text(json.dumps({"kind": "min-max", "offset": [0, 0, 0], "scale": [3, 3, 3]}), encoding="utf-8")
+    assert run(tmp_path, "--data", data, "--classes", 4, "--normaliser", limits) == 0
+    normaliser = fitted(tmp_path).normaliser
+    assert normaliser is not None
+    assert normaliser.scale == (3, 3, 3)
+    assert "normaliser: that of limits.json, as asked" in capsys.readouterr().out
+
+
+@has_blank_picture
 def test_other_formats_are_read_as_everywhere(tmp_path: Path) -> None:
     episodes = [episode.astype(np.float32) for episode in smooth_episodes(3, [30] * 6, seed=0)]
     write_robomimic(tmp_path / "lab.hdf5", episodes)
     assert run(tmp_path, "--data", tmp_path / "lab.hdf5", "--chunk-length", 4) == 0
-    assert fitted(tmp_path).provenance["data"]["training"]["episodes"] == 3
+    assert fitted(tmp_path).provenance["data"]["training"]["episodes"] == 4
 
 
 @has_blank_picture
@@ -144,12 +166,13 @@ def test_poor_tokens_are_warned_of_and_worthless_ones_have_the_last_word(
     assert run(tmp_path, "--data", data, "--classes", 2, "--tokens", 4) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     (warning,) = (line for line in lines if line.startswith("WARNING: the tokens are poor"))
-    assert "take more tokens, or fit to more actions like these (python calibration/fit.py --kind chunk)" in warning
+    assert "fit to more actions like these (python calibration/fit.py --kind chunk), or take more tokens" in warning
     assert last.startswith("✓ wrote ")
     far = save_episodes(tmp_path / "far.npz", [episode + 9 * np.array([0, 1, 0]) for episode in episodes])
     assert run(tmp_path, "--data", far, "--normaliser", "none", "--overwrite") == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    assert any("33% of the numbers in these actions lie beyond what the tokens can say" in line for line in lines)
+    (warning,) = (line for line in lines if "lie beyond the range of the tokens" in line)
+    assert "without a normaliser the range is -1 to 1. Of all numbers 33% lie there" in warning
     assert last.startswith("WARNING: the tokens are worthless")
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from rfsq.calibration.chunk_fitting import fit_chunk_tokens
-from rfsq.calibration.settings import ChunkConfig
+from rfsq.calibration.chunk_normaliser import chunk_normaliser
+from rfsq.calibration.settings import ChunkConfig, ChunkNormaliser
 from rfsq.calibration.tables import Table
+from rfsq.evidence import chunk_jobs
 from rfsq.evidence.chunk_codec import FAMILY, chunk_codecs, fit_chunk_model, sizes_for
 from rfsq.evidence.chunk_comparison import ChunkComparisonConfig, compare_chunks
-from rfsq.evidence.chunk_jobs import chunk_job
+from rfsq.evidence.chunk_jobs import bins_job, chunk_job
 from rfsq.evidence.chunk_results import CHUNKS_JSON, ChunkComparison, findings, parts, per_step, read_beside
 from rfsq.evidence.compare_chunks import _parser, _work, main
 from rfsq.evidence.errors import EvidenceError
@@ -22,6 +24,7 @@ from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.oat import OatConfig
 from rfsq.evidence.report import write_report
 from rfsq.evidence.results import Comparison, metrics_of
+from rfsq.evidence.schemes import BinCodec, BinRange, fit_bins
 from rfsq.evidence.train_peers import PeerJob, PeerResults, train_peers
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.rfsq_ref.data import ActionDataset
@@ -165,6 +168,24 @@ def test_peers_that_were_judged_on_others_are_left_out(trial: Trial, trained: Pe
     assert not {"OAT", "FASTerVQ"} & {report.family for report in found.reports}
     assert len(found.remarks) == 1
     assert not found.unseen
+
+
+def test_bins_of_the_whole_range_have_that_of_chunk_tokens(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: dict[BinRange, np.ndarray] = {}
+
+    def recorded(steps: np.ndarray, kind: BinRange, bits: int) -> BinCodec:
+        fitted[kind] = steps
+        return fit_bins(steps, kind, bits)
+
+    monkeypatch.setattr(chunk_jobs, "fit_bins", recorded)
+    bins_job(trial)
+    normaliser, _ = chunk_normaliser(trial.dataset, ChunkNormaliser.AUTO)
+    assert normaliser is not None
+    low, high = fitted[BinRange.FULL]
+    np.testing.assert_allclose(high - low, 2 * np.array(normaliser.scale), rtol=1e-5)
+    assert (trial.dataset.steps() >= low).all()
+    assert (trial.dataset.steps() <= high).all()
+    assert len(fitted[BinRange.QUANTILE]) == trial.parts().fitted.num_steps
 
 
 # The codec ------------------------------------------------------------------------------------------------------------

@@ -353,7 +353,7 @@ def test_large_tables_are_strings_of_the_same_numbers(
 def test_tables_that_are_too_large_for_a_source_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_chunk_code(random_tokenizer(ChunkSizes(2, 3, 5, 6, 9), seed=0))
     monkeypatch.setattr(chunk_c_source, "MOST_NUMBERS", 100)
-    with pytest.raises(SourceTooLargeError, match=r"5 classes of 6 values .* more than the 100 numbers .* fewer"):
+    with pytest.raises(SourceTooLargeError, match=r"5 classes of 6 values .* has room for 100: .* fewer"):
         c_chunk_tokenizer(plan, FINGERPRINT)
 
 

@@ -1,6 +1,7 @@
 """Bundles of chunk tokens: fitted and built in one go, or built from the file of a fit; the same gates judge them."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.errors import UnbuiltPrefixError
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE
 from rfsq.runtime.bundle.models import ChunkModel
+from tests.calibration.test_chunk import smooth_episodes
 from tests.chunk_bundles import ChunkRecipe, chunk_checkpoint, random_chunks
 
 FEW = ChunkConfig(classes=8, tokens=12)
@@ -125,15 +127,52 @@ def test_a_model_that_is_too_large_for_c_has_its_other_engines(
     monkeypatch.setattr(pipeline, "compilable", lambda **_: (("c",), {}))
     config = BuildConfig(checkpoint=checkpoint, output=output, backends=("c",) if asked else None, parity_steps=200)
     if asked:
-        with pytest.raises(SourceTooLargeError, match="more than the 100 numbers that the backend c has room for"):
+        with pytest.raises(
+            SourceTooLargeError, match=r"would have [\d,]+ numbers, for 6 classes .* the backend c has room for 100:"
+        ):
             build(config)
         return
     build(config)
-    assert "– generate C" in capsys.readouterr().out
+    assert re.search(r"^– generate C .* left out: its tables would have", capsys.readouterr().out, re.MULTILINE)
     with ActionTokenizer.load(output) as tokenizer:
         assert tokenizer.backend.name == "onnxruntime"
     with pytest.raises(ExportError, match=f"c: the bundle has no {C_HEADER}: its model was too large for one"):
         add_engines(TargetConfig(output, ("c",)))
+
+
+def test_a_fit_is_kept_where_the_build_that_made_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, output = tmp_path / "lab.npz", tmp_path / "out"
+    episodes = [5 * one for one in smooth_episodes(3, [50] * 10, seed=0)]
+    np.savez(data, actions=np.concatenate(episodes).astype(np.float32), episode_ends=50 * np.arange(1, 11))
+
+    def failing(*_: object) -> None:
+        raise ExportError("no room")
+
+    monkeypatch.setattr(pipeline, "_export", failing)
+    with pytest.raises(ExportError, match="no room"):
+        build(BuildConfig(TokenKind.CHUNK, output=output, data=data, chunk=ChunkConfig(classes=6), chunk_length=4))
+    kept, printed = tmp_path / "out-fit.safetensors", capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"lab.npz", "out-fit.safetensors"}
+    assert f"the fit is kept in {kept}: build it with python export/build_engine.py --checkpoint {kept}" in printed
+    # What calibrate says of a fit, a build says too.
+    assert "fitted on 7 episodes (350 steps) for the classes and 2 episodes (100 steps) for scales" in printed
+    assert "the range is 1.2 times that of all 10 episodes" in printed
+    assert "classes: " in printed
+    monkeypatch.undo()
+    build(BuildConfig(checkpoint=kept, output=output, data=data, backends=("onnxruntime",), parity_steps=200))
+    # What was fitted before is there already.
+    monkeypatch.setattr(pipeline, "_export", failing)
+    kept.unlink()
+    with pytest.raises(ExportError, match="no room"):
+        build(BuildConfig(checkpoint=chunk_file(tmp_path), output=tmp_path / "other"))
+    assert not list(tmp_path.glob("*-fit.safetensors"))
+
+
+def chunk_file(folder: Path) -> Path:
+    save_chunk_checkpoint(chunk_checkpoint(ChunkRecipe()), folder / "chunk.safetensors")
+    return folder / "chunk.safetensors"
 
 
 def test_settings_of_the_other_kind_are_refused(tmp_path: Path) -> None:
@@ -142,8 +181,10 @@ def test_settings_of_the_other_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildInputError, match=r"--classes, --tokens given, which kind 'step' does not use; drop it"):
         build(BuildConfig(chunk=FEW))
     save_chunk_checkpoint(chunk_checkpoint(ChunkRecipe()), tmp_path / "fit.safetensors")
-    with pytest.raises(BuildInputError, match=r"--chunk-length, --classes, --tokens given, which a fit that is done"):
-        build(BuildConfig(checkpoint=tmp_path / "fit.safetensors", chunk=FEW, chunk_length=4))
+    options = "--chunk-length, --classes, --normaliser, --tokens"
+    config = BuildConfig(checkpoint=tmp_path / "fit.safetensors", chunk=FEW, chunk_length=4, normaliser=Path("min-max"))
+    with pytest.raises(BuildInputError, match=f"{options} given, which a fit that is done does not use"):
+        build(config)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         build(BuildConfig(checkpoint=tmp_path / "none.safetensors"))
 
@@ -155,6 +196,14 @@ def test_the_command_reads_all_settings_of_a_fit() -> None:
     assert config.chunk == ChunkConfig(classes=16, vocabulary=64, tokens=75, order=BitOrder.SHARED)
     assert (config.kind, config.chunk_length, config.folder) == (TokenKind.CHUNK, 4, Path("x"))
     assert BuildConfig(kind=TokenKind.CHUNK).folder == Path("build/chunk")
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "min-max", "limits.json"])
+def test_a_build_takes_the_normalisers_that_calibrate_takes(choice: str) -> None:
+    config = config_of(parser().parse_args(["--kind", "chunk", "--normaliser", choice, "--chunk-length", "4"]))
+    assert isinstance(config, BuildConfig)
+    assert config.token_kind is TokenKind.CHUNK
+    assert chunk_tokens._fit_config(config) == ChunkConfig(chunk_length=4, normaliser=choice)
 
 
 def test_the_generated_c_stands_beside_the_graphs(bundle: Path) -> None:

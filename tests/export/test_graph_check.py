@@ -1,21 +1,28 @@
 """Graphs are checked before anything is compiled from them; every problem names the file."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from rfsq.export import parity
+from rfsq.export.chunk_reference import ChunkReference
+from rfsq.export.chunk_tokens import ChunkTokens
 from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import check_graph, cross_check
 from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.normaliser import Normaliser
+from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import GraphEntry, Manifest, TensorEntry
 from tests.bundles import Deployed, Recipe, deploy, export_graphs, golden_vectors, graph_file, make_manifest
+from tests.chunk_bundles import ChunkRecipe, chunk_checkpoint, deployed_chunk_tokens, random_chunks
 from tests.export.plan_numpy import MODES
 
 
@@ -238,3 +245,23 @@ def test_wrong_statistics_are_noticed() -> None:
     problems = graphs.cross_check("encoder.onnx", content)
     assert len(problems) == 2
     assert all("stats" in problem for problem in problems)
+
+
+# --- chunk tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_what_overflows_before_it_is_clipped_is_no_warning() -> None:
+    checkpoint = chunk_checkpoint(ChunkRecipe())
+    # Units in which the largest action has no float32.
+    narrow = replace(checkpoint, normaliser=Normaliser(NormaliserKind.MIN_MAX, (0.0,) * 3, (0.01,) * 3))
+    tokens = ChunkTokens(
+        narrow, ChunkReference(narrow.model(dtype=torch.float64)), deployed_chunk_tokens(ChunkRecipe()).data, "narrow"
+    )
+    actions = random_chunks(tokens.reference.model, 4)
+    actions[0] = tokens.model.action_limit
+    golden = tokens.reference.golden(tokens.reference.answer(actions).expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for entry, content in tokens.graphs():
+            if entry.role == "encoder":
+                assert cross_check(entry, content, golden, tokens.model) == []

@@ -101,6 +101,27 @@ def test_data_within_the_range_are_not_called_outside_of_it() -> None:
     assert "outside" not in found.warning_in("calibrated")
 
 
+def test_chunk_tokens_clip_what_lies_beyond_their_range_and_others_do_not() -> None:
+    actions = some_actions().clip([-1.5, 240, -3], [1.5, 360, 3])
+    assert judged(actions, actions).clipping_in("chunk") == ""
+    actions[7, 1] = 390
+    found = judged(actions, actions)
+    assert found.clipping_in("chunk", ("pan", "lift", "gripper")).startswith(
+        "WARNING: actions lie beyond the range of the tokens, and decode as its ends, where no bound holds: dimension "
+        f"1 (lift) runs from {found.low[1]:.4g} to 390, the range from 240 to 360. Fit them again to actions that reach"
+    )
+    assert found.clipping_in("calibrated") == ""
+
+
+def test_poor_tokens_that_clip_are_told_of_their_range_and_others_of_more_tokens() -> None:
+    actions = some_actions().clip([-1.5, 240, -3], [1.5, 360, 3])
+    off = actions + np.array([0.0, 4.0, 0.0])
+    assert "or take more tokens if a chunk can use more" in judged(actions, off).warning_in("chunk")
+    actions[7, 1] = 390
+    assert "or to the limits of the robot" in judged(actions, off).warning_in("chunk")
+    assert "more tokens" not in judged(actions, off).warning_in("chunk")
+
+
 def test_what_is_many_times_the_variance_is_no_percentage() -> None:
     actions = some_actions()
     found = judged(actions, actions + np.float32([50, 0, 0]))

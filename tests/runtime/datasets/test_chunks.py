@@ -14,12 +14,13 @@ from rfsq.rfsq_ref.data import load_actions
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.errors import FingerprintError, InvalidInputError, TokenizerError
+from rfsq.runtime.bundle.fidelity import fidelity
 from rfsq.runtime.datasets import conversion
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.coding import ChunkCoder
 from rfsq.runtime.datasets.errors import IllegalActionError, TokenDatasetError, VerificationError
 from rfsq.runtime.datasets.finish import complete
-from rfsq.runtime.datasets.format import INFO_NAME
+from rfsq.runtime.datasets.format import INFO_NAME, Outlier
 from rfsq.runtime.datasets.job import plan, token_model
 from rfsq.runtime.datasets.job_folder import begin, locked
 from rfsq.runtime.datasets.ray import RayWorker, raise_refusal
@@ -273,6 +274,32 @@ def test_an_action_far_outside_is_named_by_its_own_step(chunk_bundle: Path, tmp_
     info = json.loads((tmp_path / "out.parquet" / INFO_NAME).read_text(encoding="utf-8"))
     found = info["verification"]["farthest"]
     assert (found["episode"], found["step"], found["dimension"], found["value"]) == (1, 17, 2, 1e4)
+
+
+def test_an_action_that_is_clipped_is_named_with_the_range(
+    chunk_bundle: Path, tokenizer: ActionTokenizer, tmp_path: Path
+) -> None:
+    unit, offset = tokenizer.model.action_units, tokenizer.model.action_offset
+    actions = [np.clip(one, np.subtract(offset, unit), np.add(offset, unit)) for one in random_episodes((40, 50))]
+    source = write_npz(tmp_path / "within.npz", actions)
+    made(source, tmp_path / "within.parquet", chunk_bundle)
+    assert "farthest" not in (tmp_path / "within.parquet" / INFO_NAME).read_text(encoding="utf-8")
+    actions[1][17, 2] = offset[2] + 1.01 * unit[2]
+    made(write_npz(tmp_path / "beyond.npz", actions), tmp_path / "beyond.parquet", chunk_bundle)
+    info = json.loads((tmp_path / "beyond.parquet" / INFO_NAME).read_text(encoding="utf-8"))
+    found = info["verification"]["farthest"]
+    assert (found["episode"], found["step"], found["dimension"]) == (1, 17, 2)
+    assert found["reach"] == pytest.approx(1.01)
+
+
+def test_the_warning_of_a_clipped_action_says_the_range_and_what_helps() -> None:
+    actions = random_episodes((40,))[0]
+    worth = fidelity(actions, actions, (1.0, 1.0, 2.0), (0.0, 0.0, 1.0))
+    far = Outlier(reach=1.5, value=4.0, episode=3, step=17, dimension=2)
+    assert tokenize_dataset._about(far, worth, is_chunk=True).startswith(
+        "WARNING: episode 3, step 17, dimension 2 is 4, beyond the range of the tokens, from -1 to 3, and decodes as "
+        "the end of that. Fit them again to actions that reach as far, or to the limits of the robot"
+    )
 
 
 def test_what_does_not_belong_together_is_refused(

@@ -415,3 +415,29 @@ def test_npz_reads_ascending_slices_of_a_compressed_array_without_beginning_agai
     for start in range(0, 3000, 300):
         reader.read(start, start + 300)
     assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["pan", "lift", "gripper"], ("pan", "lift", "gripper")),
+        ([["pan", "lift", "gripper"]], ("pan", "lift", "gripper")),
+        ({"arm": ["pan", "lift"], "hand": ["gripper"]}, ("pan", "lift", "gripper")),
+        (["pan", "lift"], ()),
+        (["pan", "", "gripper"], ()),
+        ([1, 2, 3], ()),
+        ("pan", ()),
+        (None, ()),
+    ],
+)
+def test_dimensions_have_the_names_that_lerobot_states(
+    names: object, expected: tuple[str, ...], tmp_path: Path
+) -> None:
+    episodes = random_episodes((5, 6))
+    folder = write_lerobot_v3(tmp_path / "robot", episodes)
+    features = {"action": {"dtype": "float32", "shape": [3], "names": names}}
+    write_info(folder, "v3.0", episodes, features=features)
+    assert open_source(folder).action_names == expected
+    dataset = load_actions(folder)
+    assert dataset.dimensions == dataset.select([1]).dimensions == expected
+    assert dataset.dimension(2) == ("dimension 2 (gripper)" if expected else "dimension 2")

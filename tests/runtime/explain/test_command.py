@@ -61,7 +61,8 @@ def test_names_come_from_the_data_and_millimetres_say_of_what(
         ({"motors": ["pan", "lift", "grip"]}, "pan, lift, grip"),
         (["pan", "lift"], "dim 0, dim 1, dim 2"),
         (None, "dim 0, dim 1, dim 2"),
-        ([["pan", "lift", "grip"]], "dim 0, dim 1, dim 2"),
+        ([["pan", "lift", "grip"]], "pan, lift, grip"),
+        ([[["pan", "lift", "grip"]]], "dim 0, dim 1, dim 2"),
     ):
         write_info(folder, "v3.0", episodes, features={"action": {"names": names}})
         assert run(*given) == 0
@@ -69,6 +70,23 @@ def test_names_come_from_the_data_and_millimetres_say_of_what(
         assert f'"names":{json.dumps(said.split(", "), separators=(",", ":"))}' in page.read_text()
     assert run(*given, "--names", "x,y,z") == 0
     assert "millimetres: x, y, z are taken" in capsys.readouterr().out
+
+
+def test_actions_beyond_the_range_are_warned_of_and_dimensions_have_the_names_of_the_data(
+    chunk_bundle: Path, episodes: list[np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_lerobot_v3(tmp_path / "robot", episodes)
+    column = {"dtype": "float32", "shape": [3], "names": ["pan", "lift", "gripper"]}
+    write_info(folder, "v3.0", episodes, features={"action": column})
+    assert run(chunk_bundle, "--data", folder, "--output", tmp_path / "page.html") == 0
+    assert "WARNING" not in capsys.readouterr().out
+    assert '"names":["pan","lift","gripper"]' in (tmp_path / "page.html").read_text(encoding="utf-8")
+    # Past the last whole chunk, where no sample looks.
+    episodes[0][-1, 1] = 40
+    folder = write_lerobot_v3(tmp_path / "far", episodes)
+    write_info(folder, "v3.0", episodes, features={"action": column})
+    assert run(chunk_bundle, "--data", folder, "--output", tmp_path / "far.html") == 0
+    assert "dimension 1 (lift) runs from " in capsys.readouterr().out
 
 
 def test_its_document_has_every_prefix(
