@@ -2,7 +2,7 @@
 
 A range is a property of the robot, not a statistic: it is that of all episodes, those that judge among them, and some
 more. In a class it costs nothing, since latents are scaled to their deviations; only the bound of escape grows with it.
-With a range of twice the width, errors of the embedded demonstrations are the same at every budget.
+With a range of twice the width, errors of the embedded demonstrations are the same to 1 % at every budget.
 """
 
 from dataclasses import replace
