@@ -24,7 +24,7 @@ from rfsq.calibration.study_result import result_from_json
 from rfsq.calibration.tables import as_markdown
 from rfsq.evidence import chunk_results, policy_loop_results, policy_results, rollout_report
 from rfsq.evidence import tables as tables_parts
-from rfsq.evidence.chunk_results import CHUNKS_JSON
+from rfsq.evidence.chunk_results import CHUNKS_JSON, ChunkComparison
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.results import Comparison, write_text
 from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, run
@@ -50,6 +50,8 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     found = tables_parts.parts(comparison)
     if beside := chunk_results.read_beside(comparison, results / CHUNKS_JSON):
         found |= chunk_results.parts(*beside)
+    humanoid = chunk_results.parts(ChunkComparison.read(results / "humanoid.json"))
+    found |= {f"humanoid {name}": part for name, part in humanoid.items()}
     found |= policy_results.parts(policy_results.PolicyResults.read(results / policy_results.POLICIES_JSON))
     loop = results / policy_loop_results.POLICY_LOOP_JSON
     found |= policy_loop_results.parts(policy_loop_results.PolicyLoopResults.read(loop) if loop.exists() else None)
