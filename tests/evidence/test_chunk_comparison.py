@@ -32,6 +32,7 @@ from rfsq.rfsq_ref.normaliser import fit_normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.errors import OutputExistsError
 from tests.evidence.conftest import robot_dataset, write_npz
+from tests.once import once
 
 _BUDGETS = (5.0, 12.5, 20.0)
 _CONFIG = ChunkComparisonConfig(seeds=(0, 1), chunk_length=4, multiples=(1,), vocabularies=(1024,), workers=1)
@@ -54,15 +55,18 @@ def trained(trial: Trial, tmp_path_factory: pytest.TempPathFactory) -> PeerResul
     jobs = [
         PeerJob(name, network, NetworkRecipe(steps=4, checks=1, batch_size=16)) for name, network in networks.items()
     ]
-    path = tmp_path_factory.mktemp("peers") / "peers.json"
-    results = train_peers(jobs, trial, ["cpu"], path)
-    assert PeerResults.read(path) == results
-    return results
+    path = once(tmp_path_factory, "peers.json", lambda path: train_peers(jobs, trial, ["cpu"], path))
+    return PeerResults.read(path)
 
 
 @pytest.fixture(scope="module")
-def found(trial: Trial, trained: PeerResults) -> ChunkComparison:
-    return compare_chunks(trial, _CONFIG, trained)
+def found(trial: Trial, trained: PeerResults, tmp_path_factory: pytest.TempPathFactory) -> ChunkComparison:
+    def compare(path: Path) -> None:
+        results = compare_chunks(trial, _CONFIG, trained)
+        results.write(path)
+        assert ChunkComparison.read(path) == results
+
+    return ChunkComparison.read(once(tmp_path_factory, "chunks.json", compare))
 
 
 def test_every_family_is_there_at_the_budgets(found: ChunkComparison) -> None:
@@ -96,12 +100,6 @@ def test_the_bound_of_one_gaussian_falls_by_what_bits_are_worth(found: ChunkComp
     assert list(found.gaussian) == sorted(found.gaussian, reverse=True)
     bins = min((report for report in found.reports if report.family == "bins"), key=lambda report: report.mse)
     assert found.gaussian[-1] < bins.mse
-
-
-def test_what_was_found_is_read_as_it_was_written(found: ChunkComparison, tmp_path: Path) -> None:
-    found.write(tmp_path / "chunks.json")
-
-    assert ChunkComparison.read(tmp_path / "chunks.json") == found
 
 
 def test_tables_have_a_row_for_each_family_and_a_column_for_each_budget(found: ChunkComparison) -> None:
