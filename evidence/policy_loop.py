@@ -20,11 +20,11 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
-from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.policies import PolicyConfig
 from rfsq.evidence.policy_lessons import (
     CHUNK_LENGTH,
@@ -38,6 +38,7 @@ from rfsq.evidence.policy_lessons import (
 from rfsq.evidence.policy_loop_results import POLICY_LOOP_JSON, PolicyLoopResults, table
 from rfsq.evidence.policy_recordings import BODIES, load_recordings, record_all
 from rfsq.evidence.policy_sight import lessons
+from rfsq.evidence.policy_study import OAT_RECIPE
 from rfsq.evidence.policy_training import (
     ACTIONS,
     OAT,
@@ -56,7 +57,6 @@ from rfsq.runtime.bundle.paths import refuse_existing
 
 #: Smaller than in the study, so that a processor can drive with it.
 POLICY = PolicyConfig(width=160, depth=4, steps=2000)
-OAT_RECIPE = NetworkRecipe(steps=5_000, learning_rate=1e-3)
 _TASKS = ("Lift", "Stack")
 _CHUNK_FILE = "chunk.safetensors"
 #: Numbers of tokens that are said, where it is not all of them alone: the first four were the best in the study.
@@ -85,7 +85,6 @@ def _parser() -> CommandParser:
         "--executed", type=positive, nargs="+", default=[CHUNK_LENGTH], metavar="N",
         help=f"steps of a chunk before the policy is asked again, {CHUNK_LENGTH} at most; default: {CHUNK_LENGTH}",
     )  # fmt: skip
-    parser.add_argument("--device", default="NVIDIA H200", metavar="NAME", help="what trained; default: %(default)s")
     parser.add_argument(
         "--output", type=path_argument, default=Path("docs/results") / POLICY_LOOP_JSON, metavar="PATH",
         help="of the last step; default: %(default)s",
@@ -120,7 +119,7 @@ def _encode(options: argparse.Namespace) -> Outcome:
 def _train(options: argparse.Namespace) -> Outcome:
     torch.set_float32_matmul_precision("high")
     recordings, tokens = load_recordings(_recordings(options)), load_lessons(options.folder / "lessons.npz")
-    recipe = NetworkRecipe(options.oat_steps, learning_rate=OAT_RECIPE.learning_rate) if options.oat_steps else None
+    recipe = replace(OAT_RECIPE, steps=options.oat_steps) if options.oat_steps else None
     weights = options.folder / "weights"
     files = [weights_file(weights, name) for name in (*tokens.tokens, OAT, ACTIONS)]
     refuse_existing(files, overwrite=options.overwrite)
@@ -148,16 +147,16 @@ def _drive(options: argparse.Namespace) -> Outcome:
     trials = trials_of(policies, _PREFIXES, options.executed)
     jobs, tally = jobs_of(trials, options.tasks, options.scenes), Tally()
     counts = Counter(recording.task for recording in recordings)
-    settings = next(iter(policies.values())).kind.config
+    kind = next(iter(policies.values())).kind
     for driven in tqdm(drive_all(jobs, decoders, options.workers), "closed loop", len(jobs), unit="job", disable=None):
         tally.add(driven)
         results = PolicyLoopResults(
             recorded={task: counts[task] for task in options.tasks},
             noise=options.noise,
             most_steps=MOST_STEPS,
-            device=options.device,
+            device=kind.device,
             versions=versions,
-            settings={name: value for name, value in settings.items() if value is not None},
+            settings={name: value for name, value in kind.config.items() if value is not None},
             reports=tuple(tally.reports(trials, options.tasks)),
         )
         results.write(options.output)

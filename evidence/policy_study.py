@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from rfsq.calibration.chunk_windows import windows
+from rfsq.evidence.devices import all_devices, device_name
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.policies import PolicyConfig, policy_of, train_policy
@@ -178,12 +179,10 @@ class Study:
 
 def run_study(study: Study, config: PolicyConfig, seeds: Sequence[int], workers: int, output: Path) -> PolicyResults:
     """All jobs, side by side; the file is written as each is done. Raises EvidenceError."""
-    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    jobs, results = study.jobs(config, seeds, devices), None
+    jobs, results = study.jobs(config, seeds, all_devices()), None
     for place, seed, answers in in_processes(said, jobs, workers, prepare):
         print(study.add(place, seed, answers), flush=True)
-        results = study.results(config, name)
+        results = study.results(config, device_name())
         results.write(output)
     if results is None:
         raise EvidenceError("no seed was given; expected at least one, like --seeds 0")

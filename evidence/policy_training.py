@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from rfsq.evidence.devices import all_devices, device_name
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.oat import OatConfig, OatNetwork
@@ -42,12 +43,13 @@ _FIRST_SAID, _SAID_EVERY = 100, 500
 @dataclass(frozen=True)
 class PolicyKind:
     """What one file of weights holds: policies on the same tokens, one for each seed. vocabulary: None where they say
-    values; size: how many tokens, or values, a chunk has."""
+    values; size: how many tokens, or values, a chunk has; device: what trained them."""
 
     name: str
     context_size: int
     vocabulary: int | None
     size: int
+    device: str
     config: dict[str, Any]
 
 
@@ -117,12 +119,12 @@ def training_jobs(
     """Every kind with every seed: seed by seed, so that a run that was stopped can compare all kinds, and short ones
     first. rows: contexts [n, C], normalised; targets: see `targets_of`."""
     kinds = [
-        (PolicyKind(name, rows.shape[1], vocabulary, found.shape[1], asdict(config)), _compact(found))
+        (PolicyKind(name, rows.shape[1], vocabulary, found.shape[1], device_name(), asdict(config)), _compact(found))
         for name, (vocabulary, found) in targets.items()
     ]
     kinds.sort(key=lambda entry: _length(entry[0]))
-    devices = cycle([f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"])
-    return [TrainingJob(kind, seed, rows.numpy(), found, next(devices)) for seed in seeds for kind, found in kinds]
+    places = cycle(all_devices())
+    return [TrainingJob(kind, seed, rows.numpy(), found, next(places)) for seed in seeds for kind, found in kinds]
 
 
 def train_all(jobs: Sequence[TrainingJob], normalised: tuple[Tensor, Tensor], workers: int, folder: Path) -> None:

@@ -25,6 +25,7 @@ from operator import call
 import torch
 
 from rfsq.calibration.chunk_windows import windows
+from rfsq.evidence.devices import all_devices, device_name
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.faster import FasterConfig, FasterNetwork
 from rfsq.evidence.judging import PARTS, Trial, all_chunks, wrong_token_errors
@@ -135,14 +136,13 @@ def train_peers(jobs: Sequence[PeerJob], trial: Trial, devices: Sequence[str], o
         for place, job in enumerate(jobs)
     ]
     found: dict[int, PeerResult] = {}
-    name = torch.cuda.get_device_name() if devices[0].startswith("cuda") else "CPU"
     for place, result in in_processes(call, placed, len(jobs), _one_thread):
         found[place] = result
         results = PeerResults(
             source=trial.dataset.source,
             sha256=trial.dataset.sha256,
             judged=trial.judged,
-            device=name,
+            device=device_name() if devices != ["cpu"] else "CPU",
             versions={package: version(package) for package in ("torch", "numpy")},
             results=tuple(found[index] for index in sorted(found)),
         )
@@ -205,6 +205,5 @@ def _work(options: argparse.Namespace) -> Outcome:
     changes = {name: value for name in ("steps", "seconds") if (value := getattr(options, name)) is not None}
     jobs = tuple(replace(job, recipe=replace(job.recipe, **changes)) for job in jobs)
     trial = Trial(dataset, options.judged, OscPose() if options.data is None else None)
-    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    results = train_peers(jobs, trial, devices, options.output)
+    results = train_peers(jobs, trial, all_devices(), options.output)
     return Outcome(f"✓ wrote {options.output}", {"results": len(results.results)})

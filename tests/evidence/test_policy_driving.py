@@ -116,7 +116,7 @@ def test_in_the_simulator_the_expert_solves_what_an_untrained_policy_does_not(
 def test_policies_that_are_loaded_say_chunks() -> None:
     """What stands in for them above has the same calls."""
     policy = RegressionPolicy(CONTEXT, 56, PolicyConfig(width=8, depth=1, heads=2)).eval()
-    kind = PolicyKind(ACTIONS, CONTEXT, None, 56, {})
+    kind = PolicyKind(ACTIONS, CONTEXT, None, 56, "CPU", {})
     policies = SeeingPolicies(kind, torch.zeros(CONTEXT), torch.ones(CONTEXT), {3: policy})
     job = DrivingJob(Cell(ACTIONS, None, 8, 3), "Lift", (0, 1), (), TASKS, Path())
     worlds: list[Any] = [CountingWorld(9), CountingWorld(10)]

@@ -21,7 +21,7 @@ TRIALS = [Trial(EXPERT, None, (), None, None), Trial("some", Path("some"), (0, 4
 
 
 def trained(name: str, vocabulary: int | None, size: int) -> SeeingPolicies:
-    kind = PolicyKind(name, 5, vocabulary, size, {})
+    kind = PolicyKind(name, 5, vocabulary, size, "CPU", {})
     by_seed = {seed: policy_of(5, vocabulary, size, CONFIG) for seed in (0, 4)}
     return SeeingPolicies(kind, torch.zeros(5), torch.ones(5), by_seed)
 
