@@ -91,10 +91,15 @@ class _Run:
             where = f"stats{list(worst.index)} is {worst.found:.9g}"
             yield _located(f"encode, {label}: max |stats error|", worst.value, GATES.stats_error, where)
         whole = golden.decoded[model.depth]
+        worst_of: dict[str, Check] = {}
         for prefix, rows, expected in golden.decodings():
             part = None if golden.stats is None else golden.stats[rows, ..., :prefix, :]
-            given, what = golden.tokens[rows, ..., :prefix], f"decode {prefix} {model.depth_unit}"
-            yield from self._decoding_checks(what, given, part, expected, np.zeros_like(compared.flipped[rows]))
+            given, decoder = golden.tokens[rows, ..., :prefix], model.decoder_of(prefix)
+            unflipped = np.zeros_like(compared.flipped[rows])
+            for check in self._decoding_checks(f"decode {decoder}", given, part, expected, unflipped):
+                named = replace(check, detail=f"{prefix} {model.depth_unit}: {check.detail}" if check.detail else "")
+                worst_of[decoder] = max(worst_of.get(decoder, named), named, key=lambda each: each.value)
+        yield from worst_of.values()
         if compared.num_wrong == 0:
             # Its own tokens, decoded: the only judge of what lies behind a near-tie flip.
             yield from self._decoding_checks("encode and decode", tokens, stats, whole, compared.flipped)

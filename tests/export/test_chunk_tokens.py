@@ -23,6 +23,7 @@ from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.settings import TokenKind
 from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.errors import UnbuiltPrefixError
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE
 from rfsq.runtime.bundle.models import ChunkModel
@@ -138,6 +139,20 @@ def test_a_model_that_is_too_large_for_c_has_its_other_engines(
         assert tokenizer.backend.name == "onnxruntime"
     with pytest.raises(ExportError, match=f"c: the bundle has no {C_HEADER}: its model was too large for one"):
         add_engines(TargetConfig(output, ("c",)))
+
+
+def test_engines_are_added_on_another_machine_and_proven_there(tmp_path: Path) -> None:
+    checkpoint, output = tmp_path / "chunk.safetensors", tmp_path / "out"
+    save_chunk_checkpoint(chunk_checkpoint(ChunkRecipe()), checkpoint)
+    build(BuildConfig(checkpoint=checkpoint, output=output, backends=("onnxruntime",), parity_steps=200))
+    manifest, backends = add_engines(TargetConfig(output, ("c",)))
+    assert backends == ("c",)
+    gates = [entry.gate for entry in manifest.parity if (entry.backend, entry.device) == ("c", host_targets()[0])]
+    for batch in (1, 2):
+        for decoder in ("9 tokens", "fewer tokens"):
+            assert f"golden vectors, decode {decoder}, batch {batch}: max |action error|" in gates
+    with ActionTokenizer.load(output, backend="c") as tokenizer:
+        assert tokenizer.backend.name == "c"
 
 
 def test_a_fit_is_kept_where_the_build_that_made_it_fails(

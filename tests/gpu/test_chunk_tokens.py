@@ -13,6 +13,7 @@ import torch
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.chunk_reference import ChunkReference
 from rfsq.export.chunk_tokens import ChunkTokens, load_chunk_tokens
+from rfsq.export.on_target import TargetConfig, add_engines
 from rfsq.export.pipeline import build
 from rfsq.rfsq_ref.chunk_checkpoint import save_chunk_checkpoint
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
@@ -29,7 +30,7 @@ from rfsq.runtime.bundle.folder import Bundle, open_bundle
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.bundle.golden import read_golden
 from rfsq.runtime.bundle.manifest import GOLDEN_NAME
-from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
+from tests.chunk_bundles import ChunkRecipe, chunk_checkpoint, write_chunk_bundle
 from tests.gpu.conftest import ENGINES, TENSORRT
 from tests.gpu.test_arrays import cupy, to_host
 
@@ -127,6 +128,16 @@ def test_every_gate_has_been_run_for_every_engine_and_every_kernel(chunk_bundle:
     assert proven >= {(name, gate) for name in ENGINES for gate in gates}
     variants = ("many steps", "uint16 tokens", "uint16 tokens, many steps")
     assert proven >= {("cuda", f"{variant}, {gate}") for variant in variants for gate in gates[:3]}
+
+
+def test_engines_are_added_to_a_bundle_from_elsewhere_and_proven(tmp_path: Path) -> None:
+    checkpoint, output = tmp_path / "chunk.safetensors", tmp_path / "bundle"
+    save_chunk_checkpoint(chunk_checkpoint(ChunkRecipe()), checkpoint)
+    build(BuildConfig(checkpoint=checkpoint, output=output, backends=("onnxruntime",), parity_steps=200))
+    _, backends = add_engines(TargetConfig(output))
+    assert {"cuda", *ENGINES} <= set(backends)
+    for name in backends:
+        ActionTokenizer.load(output, backend=name).close()
 
 
 @pytest.mark.parametrize("length", [1, 2, 8, 23, 44, 45])
