@@ -331,8 +331,7 @@ def test_inspection_and_selftest_speak_of_chunk_tokens(chunk_bundle: Path, capsy
     assert selftest.main([str(chunk_bundle), "-v", "--backend", "c"]) == 0
     printed = capsys.readouterr().out
     assert "c: ✓ decode 9 tokens, batch 1: max |action error|" in printed
-    # Each number of tokens by itself.
-    assert "c: ✓ decode 2 tokens, batch 12: max |action error|" in printed
+    assert "c: ✓ decode fewer tokens, batch 12: max |action error|" in printed
 
 
 def test_inspection_and_selftest_show_what_the_tokens_are_worth(

@@ -593,6 +593,25 @@ def test_what_a_decoder_does_not_write_is_infinitely_wrong(case: tuple[Golden, M
     assert all(check.value == np.inf for check in failed)
 
 
+@pytest.mark.parametrize("wrong", [1, 2, 8])
+def test_a_decoder_of_chunk_tokens_that_errs_for_one_number_of_them_is_told_with_it(
+    wrong: int, chunk_bundle: Path
+) -> None:
+    bundle = open_bundle(chunk_bundle)
+    model = bundle.manifest.model
+    golden = read_golden(bundle.content(GOLDEN_NAME), model)
+
+    class Off(Wrapper):
+        def decode_into(self, tokens: Any, stats: Any, actions: Any) -> None:
+            super().decode_into(tokens, stats, actions)
+            if tokens.shape[1] == wrong:
+                actions[...] += 1
+
+    failed = replay(golden, model, Off(create_backend("c", bundle))).failures
+    assert {check.gate.split(",")[0] for check in failed} == {"decode fewer tokens"}
+    assert all(check.detail.startswith(f"{wrong} tokens: ") for check in failed)
+
+
 def test_a_backend_gets_arrays_that_it_may_write_to(case: tuple[Golden, ModelEntry, Backend]) -> None:
     golden, model, backend = case
 
