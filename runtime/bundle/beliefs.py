@@ -1,0 +1,29 @@
+"""What a policy's probabilities decode to: actions, how far they may be off, and how sure the mode is."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+#: What is made of probabilities (docs/beliefs.md).
+BeliefMode = Literal["expected", "likeliest mode", "sample"]
+BELIEF_MODES: tuple[BeliefMode, ...] = typing.get_args(BeliefMode)
+
+Array = TypeVar("Array")
+
+
+@dataclass(frozen=True, eq=False)
+class Belief(Generic[Array]):
+    """Of B chunks.
+
+    actions: [B, T, A] in physical units; std: [B, T, A], standard deviations of these, as the probabilities have them;
+    mode_probability: [B], of the likeliest mode, whatever was decoded: of its class (chunk tokens), or of the least
+    certain of its coarse tokens (per-step tokens); mode: integers, the class [B], or the coarse tokens [B, T, D, c],
+    that were decoded, or are the likeliest where all were.
+    """
+
+    actions: Array
+    std: Array
+    mode_probability: Array
+    mode: Array
