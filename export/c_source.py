@@ -19,6 +19,7 @@ from rfsq.export.errors import BuildInputError
 from rfsq.export.plan import Affine, DecoderPlan, DeployMode, EncoderPlan, Plan, action_limit, middle_level
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 from rfsq.runtime.bundle.backend_specs import BACKENDS
+from rfsq.runtime.bundle.beliefs import SUM_TOLERANCE
 from rfsq.runtime.bundle.validation import STATS_LIMIT
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -49,10 +50,14 @@ def c_tokenizer(
     """
     plans: list[Plan] = [encoder, *decoders]
     functions = [_encoder_function(encoder), *map(_decoder_function, decoders)]
+    if not encoder.has_stats:
+        # No policy predicts the statistics that would travel beside the tokens.
+        functions += map(_belief_function, decoders)
     source = filled(
         SOURCE_NAME,
         TABLES="\n".join(_tables(encoder, decoders)),
         ARITHMETIC=filled("arithmetic.c").rstrip(),
+        BELIEFS="" if encoder.has_stats else filled("beliefs.c"),
         FUNCTIONS="\n".join(functions).rstrip(),
     )
     header = filled(
@@ -66,7 +71,9 @@ def c_tokenizer(
         NUM_LEVELS=encoder.num_levels,
         ACTION_LIMIT=number(action_limit(encoder)),
         CHECKED_STEPS=BACKENDS["c"].checked_steps,
-        DECLARATIONS="\n".join(map(_declaration, plans)).rstrip(),
+        DECLARATIONS="\n".join(
+            [*map(_declaration, plans), *(() if encoder.has_stats else map(_belief_declaration, decoders))]
+        ).rstrip(),
     )
     note = f"/* Generated, do not edit; fingerprint {fingerprint}. Compile with {' '.join(C_FLAGS)} */\n"
     return CTokenizer(header, note + source)
@@ -75,6 +82,11 @@ def c_tokenizer(
 def decoder_name(prefix: int) -> str:
     """The C function that decodes `prefix` layers."""
     return f"rfsq_decode_l{prefix}"
+
+
+def belief_name(prefix: int) -> str:
+    """The C function that decodes probabilities of `prefix` layers."""
+    return f"rfsq_decode_beliefs_l{prefix}"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -90,6 +102,7 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
         f"#define SIGMA_EPSILON {number(0 if quantizer else SIGMA_EPSILON)}",
         f"#define LEVEL_STEP {number(1 / half_range)}",
         f"#define STATS_LIMIT {number(STATS_LIMIT)}",
+        f"#define SUM_TOLERANCE {number(SUM_TOLERANCE)}",
         "#define EACH_LAYER(LAYER) " + " ".join(f"LAYER({layer})" for layer in range(encoder.num_layers)),
         *_layer("ENCODER_FIRST", encoder.first),
         *_layer("ENCODER_SECOND", encoder.second),
@@ -106,6 +119,10 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
             _padded_table(f"{name}_SECOND_WEIGHT", decoder.second.weight, _WIDE_LANES),
             _table(f"{name}_SECOND_BIAS", decoder.second.bias),
         ]
+        if decoder.latents is not None:
+            lines.append(_padded_table(f"{name}_HIDDEN_BY_UNIT", decoder.hidden.weight))
+        if decoder.latents is not None and decoder.own_tokens is None:
+            lines.append(_padded_table(f"{name}_LATENTS_BY_TOKEN", decoder.latents.weight))
     return lines
 
 
@@ -171,19 +188,30 @@ def _encoder_function(plan: EncoderPlan) -> str:
 
 
 def _decoder_function(plan: DecoderPlan) -> str:
-    name, stats = f"L{plan.prefix}", "stats" if plan.has_stats else "NULL"
+    stats = "stats" if plan.has_stats else "NULL"
     check = "    if (stats == NULL)\n        return RFSQ_ILLEGAL_VALUE;\n" if plan.has_stats else ""
     return f"""\
 {_to_latents(plan)}
+static ONE_COPY int l{plan.prefix}_decode_some(const int32_t *tokens, const float *stats, size_t until_end, float *actions)
+{{
+    return decode_checked({_decoder(plan)}, tokens, stats, until_end, actions);
+}}
+
 {_signature(plan)}
 {{
-{check}    const struct decoder decoder = {{
-        {plan.prefix}, l{plan.prefix}_to_latents,
-        &{name}_HIDDEN_WEIGHT[0][0], {name}_HIDDEN_BIAS, &{name}_SECOND_WEIGHT[0][0], {name}_SECOND_BIAS,
-    }};
-    return decode(decoder, tokens, {stats}, num_chunks, actions);
+{check}    return decode(l{plan.prefix}_decode_some, {plan.prefix}, tokens, {stats}, num_chunks, actions);
 }}
 """
+
+
+def _decoder(plan: DecoderPlan) -> str:
+    """A value of C."""
+    name = f"L{plan.prefix}"
+    return f"""\
+(struct decoder){{
+        {plan.prefix}, l{plan.prefix}_to_latents,
+        &{name}_HIDDEN_WEIGHT[0][0], {name}_HIDDEN_BIAS, &{name}_SECOND_WEIGHT[0][0], {name}_SECOND_BIAS,
+    }}"""
 
 
 def _to_latents(plan: DecoderPlan) -> str:
@@ -208,17 +236,64 @@ def _to_latents(plan: DecoderPlan) -> str:
         tables = [_table(weight, plan.own_tokens.ravel()), _table(bias, plan.latents.bias)]
         body = f"""\
     (void)stats;
-    _Alignas(64) float products[STEPS * D * {layers}];
-    for (int s = 0; s < STEPS; ++s)
-        for (int i = 0; i < D * {layers}; ++i)
-            products[s * (D * {layers}) + i] = {weight}[i] * (float)tokens[s * (D * {layers}) + i];
-{_sums_of_neighbours("products", layers, f"{bias}[d]")}"""
+{_sums_of_own_tokens(layers, f"{weight}[i] * (float)tokens[s * (D * {layers}) + i]", f"{bias}[d]")}"""
     parameters = "const int32_t *restrict tokens, const float *restrict stats, float *restrict latents"
     return "\n".join([*tables, f"static inline void {name}({parameters})\n{{\n{body}\n}}\n"])
 
 
-def _sums_of_neighbours(source: str, count: int, start: str) -> str:
-    """Statements that add up every `count` neighbours into latents: halves for as long as there is an even number."""
+def _belief_function(plan: DecoderPlan) -> str:
+    """Decodes probabilities of this prefix; with the first steps of it, from tokens to latents."""
+    name, layers = f"l{plan.prefix}", plan.prefix
+    table = f"{name.upper()}_TO_LATENTS"
+    if plan.own_tokens is None:
+        inputs, by_token = f"PADDED(D * {layers})", f"&{name.upper()}_LATENTS_BY_TOKEN[0][0]"
+        latents = f"    linear(D * {layers}, D * {layers}, D, &{table}_WEIGHT[0][0], {table}_BIAS, means, latents);"
+        spread = f"""\
+    memset(spread, 0, STEPS * {inputs} * sizeof *spread);
+    for (int s = 0; s < STEPS; ++s)
+        memcpy(spread + s * {inputs}, variances + s * (D * {layers}), D * {layers} * sizeof *spread);"""
+    else:
+        inputs, by_token = "PADDED(D)", "NULL"
+        place = f"s * (D * {layers}) + i"
+        latents = _sums_of_own_tokens(layers, f"{table}_WEIGHT[i] * means[{place}]", f"{table}_BIAS[d]")
+        squared = f"{table}_WEIGHT[i] * {table}_WEIGHT[i] * variances[{place}]"
+        spread = _sums_of_own_tokens(layers, squared, "0", "spread")
+    return f"""\
+static inline void {name}_mean_latents(const float *restrict means, float *restrict latents)
+{{
+{latents}
+}}
+
+static inline void {name}_spread(const float *restrict variances, float *restrict spread)
+{{
+{spread}
+}}
+
+{_belief_signature(plan)}
+{{
+    const struct belief_decoder decoder = {{
+        {_decoder(plan)},
+        {name}_decode_some, {inputs}, {name}_mean_latents, {name}_spread,
+        &{name.upper()}_HIDDEN_BY_UNIT[0][0], {by_token},
+    }};
+    return believe(decoder, given, sharpness, is_logits, keeps_mode, coarse, num_chunks, actions, deviations,
+                   mode_probability);
+}}
+"""
+
+
+def _sums_of_own_tokens(layers: int, product: str, start: str, target: str = "latents") -> str:
+    """Statements that sum over each latent's own tokens; product: of token `i` in step `s`."""
+    return f"""\
+    _Alignas(64) float products[STEPS * D * {layers}];
+    for (int s = 0; s < STEPS; ++s)
+        for (int i = 0; i < D * {layers}; ++i)
+            products[s * (D * {layers}) + i] = {product};
+{_sums_of_neighbours("products", layers, start, target)}"""
+
+
+def _sums_of_neighbours(source: str, count: int, start: str, target: str) -> str:
+    """Statements that add up every `count` neighbours into the target: halves for as long as there is an even number."""
     halvings = ""
     while count % 2 == 0:
         count //= 2
@@ -230,10 +305,10 @@ def _sums_of_neighbours(source: str, count: int, start: str) -> str:
         source = sums
     terms = " + ".join([start, *(f"{source}[(s * D + d) * {count} + {n}]" for n in range(count))])
     return f"""\
-{halvings}    memset(latents, 0, STEPS * PADDED(D) * sizeof *latents);
+{halvings}    memset({target}, 0, STEPS * PADDED(D) * sizeof *{target});
     for (int s = 0; s < STEPS; ++s)
         for (int d = 0; d < D; ++d)
-            latents[s * PADDED(D) + d] = {terms};"""
+            {target}[s * PADDED(D) + d] = {terms};"""
 
 
 def _latents_from_stats(layers: int) -> str:
@@ -283,18 +358,45 @@ def _parameters(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
+def _belief_parameters(plan: DecoderPlan) -> list[tuple[str, str]]:
+    return [
+        ("const float *given", f"[num_chunks][T][D][{plan.prefix}][K], probabilities or logits"),
+        ("const float *sharpness", f"[{plan.prefix}], what logits of each layer are multiplied by: 1 / temperature"),
+        ("int is_logits", "whether `given` are logits; -inf is a level that cannot be"),
+        ("int keeps_mode", "whether the likeliest level of every coarse token is taken for certain"),
+        ("int coarse", f"how many of the first layers are the mode, 0 ... {plan.prefix}"),
+        ("size_t num_chunks", "how many"),
+        ("float *actions", "[num_chunks][T][A], physical units, expected values, written"),
+        ("float *deviations", "[num_chunks][T][A], their standard deviations, written; or NULL"),
+        ("float *mode_probability", "[num_chunks], of the least certain coarse token, written; or NULL"),
+    ]
+
+
 def _signature(plan: Plan) -> str:
     name = "rfsq_encode" if isinstance(plan, EncoderPlan) else decoder_name(plan.prefix)
     return f"int {name}({', '.join(declaration for declaration, _ in _parameters(plan))})"
 
 
+def _belief_signature(plan: DecoderPlan) -> str:
+    return f"int {belief_name(plan.prefix)}({', '.join(declaration for declaration, _ in _belief_parameters(plan))})"
+
+
 def _declaration(plan: Plan) -> str:
     brief = "Encode actions" if isinstance(plan, EncoderPlan) else f"Decode the first {plan.prefix} layers"
-    names = (f" * @param {re.split('[ *]', declared)[-1]} {said}\n" for declared, said in _parameters(plan))
+    return _documented(brief, _parameters(plan), _signature(plan))
+
+
+def _belief_declaration(plan: DecoderPlan) -> str:
+    brief = f"Decode what is believed of the first {plan.prefix} layers"
+    return _documented(brief, _belief_parameters(plan), _belief_signature(plan))
+
+
+def _documented(brief: str, parameters: list[tuple[str, str]], signature: str) -> str:
+    names = (f" * @param {re.split('[ *]', declared)[-1]} {said}\n" for declared, said in parameters)
     return f"""\
 /**
  * @brief {brief}.
 {"".join(names)} * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
  */
-{_signature(plan)};
+{signature};
 """

@@ -35,6 +35,13 @@ _Static_assert(sizeof OFFSETS == STEPS * A * sizeof(float), "the tables are repe
 #define FETCH(address) ((void)(address))
 #endif
 
+/* For what must round alike wherever it is called from: compilers may round copies of it differently. */
+#ifdef __GNUC__
+#define ONE_COPY __attribute__((noinline))
+#else
+#define ONE_COPY
+#endif
+
 /* --- arithmetic -------------------------------------------------------------------------------------------------- */
 
 /* @ARITHMETIC@ */
@@ -334,12 +341,9 @@ static inline int are_legal_stats(size_t count, const float *restrict stats)
     return !illegal;
 }
 
-static inline void decode_block(const struct decoder decoder, const int32_t *restrict tokens,
-                                const float *restrict stats, float *restrict actions)
+/* hidden: [STEPS][WIDE(H)], written over. */
+static inline void to_actions(const struct decoder decoder, float *restrict hidden, float *restrict actions)
 {
-    _Alignas(64) float latents[STEPS * PADDED(D)], hidden[STEPS * WIDE(H)];
-    decoder.to_latents(tokens, stats, latents);
-    linear(D, PADDED(D), WIDE(H), decoder.hidden_weight, decoder.hidden_bias, latents, hidden);
     mish(STEPS * WIDE(H), hidden);
     linear_to_few(H, A, decoder.second_weight, decoder.second_bias, hidden, actions);
 #if HAS_OFFSET
@@ -347,6 +351,15 @@ static inline void decode_block(const struct decoder decoder, const int32_t *res
     for (int i = 0; i < STEPS * A; ++i)
         actions[i] += OFFSETS[i];
 #endif
+}
+
+static inline void decode_block(const struct decoder decoder, const int32_t *restrict tokens,
+                                const float *restrict stats, float *restrict actions)
+{
+    _Alignas(64) float latents[STEPS * PADDED(D)], hidden[STEPS * WIDE(H)];
+    decoder.to_latents(tokens, stats, latents);
+    linear(D, PADDED(D), WIDE(H), decoder.hidden_weight, decoder.hidden_bias, latents, hidden);
+    to_actions(decoder, hidden, actions);
 }
 
 /*
@@ -389,18 +402,22 @@ static inline int decode_checked(const struct decoder decoder, const int32_t *to
     return RFSQ_OK;
 }
 
+/* `decode_checked` of one decoder. */
+typedef int decode_some(const int32_t *tokens, const float *stats, size_t until_end, float *actions);
+
 /* stats: [num_chunks][T][layers][2], or NULL. */
-static inline int decode(const struct decoder decoder, const int32_t *tokens, const float *stats, size_t num_chunks,
+static inline int decode(decode_some *some, size_t layers, const int32_t *tokens, const float *stats, size_t num_chunks,
                          float *actions)
 {
-    const size_t steps = num_chunks * T, layers = (size_t)decoder.layers;
+    const size_t steps = num_chunks * T;
     int status = RFSQ_OK;
     for (size_t step = 0; step < steps && status == RFSQ_OK; step += CHECKED_STEPS)
-        status = decode_checked(decoder, tokens + step * D * layers, stats == NULL ? NULL : stats + step * layers * 2,
-                                steps - step, actions + step * A);
+        status = some(tokens + step * D * layers, stats == NULL ? NULL : stats + step * layers * 2, steps - step,
+                      actions + step * A);
     return status;
 }
 
+/* @BELIEFS@ */
 /* --- what the header declares ------------------------------------------------------------------------------------ */
 
 /* @FUNCTIONS@ */
