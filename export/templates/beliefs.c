@@ -6,7 +6,7 @@ enum { GROUP = 64 };
 /* What a call asks for; sharpness / ln 2, and whether it is coarse (1 or 0), of each token, from any token on. */
 struct belief {
     int is_logits, keeps_mode;
-    float scale[L + GROUP], is_coarse[L + GROUP];
+    float scale[2 * L + GROUP], is_coarse[2 * L + GROUP];
 };
 
 /*
@@ -27,88 +27,80 @@ struct belief_decoder {
 /* given [GROUP][K] -> [K][GROUP]. */
 static inline void transpose(const float *restrict given, float (*restrict levels)[GROUP])
 {
-#if defined __AVX__ && defined __has_builtin
-#if __has_builtin(__builtin_shufflevector)
-#define HAS_SHUFFLES 1
-#endif
-#endif
-#ifdef HAS_SHUFFLES
-    /* Compilers make single loads and stores of the loop below, which take as long as all that is computed. */
-    typedef float four __attribute__((vector_size(16)));
-    typedef float eight __attribute__((vector_size(32)));
-#define EACH_HALF(x, y, a, b, c, d) __builtin_shufflevector(x, y, a, b, c, d, a + 4, b + 4, c + 4, d + 4)
+#ifdef __AVX__
+    /* Of the loop below, compilers make loads and stores of single floats, which take longer than all that follows. */
     for (int k = 0; K >= 4 && k < K; k += 4) {
         /* The last four levels may be some of those before once more. */
         const int first = k + 4 <= K ? k : K - 4;
         for (int i = 0; i < GROUP; i += 8) {
-            eight rows[4], columns[4];
-            for (int j = 0; j < 4; ++j) {
-                four low, high;
-                memcpy(&low, given + (i + j) * K + first, sizeof low);
-                memcpy(&high, given + (i + j + 4) * K + first, sizeof high);
-                rows[j] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
-            }
-            const eight low01 = EACH_HALF(rows[0], rows[1], 0, 8, 1, 9), low23 = EACH_HALF(rows[2], rows[3], 0, 8, 1, 9);
-            const eight high01 = EACH_HALF(rows[0], rows[1], 2, 10, 3, 11);
-            const eight high23 = EACH_HALF(rows[2], rows[3], 2, 10, 3, 11);
-            columns[0] = EACH_HALF(low01, low23, 0, 1, 8, 9);
-            columns[1] = EACH_HALF(low01, low23, 2, 3, 10, 11);
-            columns[2] = EACH_HALF(high01, high23, 0, 1, 8, 9);
-            columns[3] = EACH_HALF(high01, high23, 2, 3, 10, 11);
-            for (int j = 0; j < 4; ++j)
-                memcpy(levels[first + j] + i, &columns[j], sizeof columns[j]);
+            const float *const from = given + i * K + first;
+#define ROW(j)                                                                                                         \
+    _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + (j)*K)), _mm_loadu_ps(from + ((j) + 4) * K), 1)
+            const __m256 low01 = _mm256_unpacklo_ps(ROW(0), ROW(1)), high01 = _mm256_unpackhi_ps(ROW(0), ROW(1));
+            const __m256 low23 = _mm256_unpacklo_ps(ROW(2), ROW(3)), high23 = _mm256_unpackhi_ps(ROW(2), ROW(3));
+#undef ROW
+            _mm256_store_ps(levels[first] + i, _mm256_shuffle_ps(low01, low23, 0x44));
+            _mm256_store_ps(levels[first + 1] + i, _mm256_shuffle_ps(low01, low23, 0xee));
+            _mm256_store_ps(levels[first + 2] + i, _mm256_shuffle_ps(high01, high23, 0x44));
+            _mm256_store_ps(levels[first + 3] + i, _mm256_shuffle_ps(high01, high23, 0xee));
         }
     }
     if (K >= 4)
         return;
-#undef EACH_HALF
 #endif
     for (int k = 0; k < K; ++k)
         for (int i = 0; i < GROUP; ++i)
             levels[k][i] = given[i * K + k];
 }
 
-/* 2^y for -127 <= y <= 0: exact for whole y, and 0 for -127. */
-static inline float power_of(float y)
-{
-    const float shifted = y + 0x1.8p+23f, f = y - (shifted - 0x1.8p+23f), square = f * f;
-    /* Fitted to 2^f with a relative error of at most 1e-7; in pairs, as in `exponential`. */
-    const float low = 0x1p+0f + 0x1.62e42ap-1f * f, high = 0x1.ebf9c2p-3f + 0x1.c6b6dap-5f * f;
-    const float p = low + square * (high + square * (0x1.3ce8b2p-7f + 0x1.5bd97cp-10f * f));
-    return float_of(bits_of(p) + (bits_of(shifted) << 23));
-}
+/* Of p0, p1 and so on, all levels' probabilities but for a factor, the moments of token i. */
+#define PROBABILITY(k) p##k
+#define FIRST_MOMENT(k) k * p##k
+#define SECOND_MOMENT(k) p##k * ((k - mean) * (k - mean))
+#define MOMENTS                                                                                                        \
+    const float total = SUM_OF_LEVELS(PROBABILITY), inverse = 1 / total;                                               \
+    const float mean = SUM_OF_LEVELS(FIRST_MOMENT) * inverse;                                                          \
+    means[i] = mean;                                                                                                   \
+    variances[i] = SUM_OF_LEVELS(SECOND_MOMENT) * inverse;                                                             \
+    totals[i] = total;
 
 /*
- * Logits [K][GROUP] -> e^(sharpness (logit - largest)) in their place. Whether all are legal: not a number, an infinity
- * above all, or no level that is possible, leave a sum that is not a number.
+ * The distributions of tokens, [K][GROUP], of which `largest` are the largest values -> means and variances; totals: what
+ * they were divided by. Whether all are legal. Written out level by level, so that all of a token stays in registers.
  */
-static inline int exponentials(const float *restrict scale, const float *restrict largest, float (*restrict levels)[GROUP])
+static inline int softmax_moments(float (*restrict levels)[GROUP], const float *restrict largest,
+                                  const float *restrict scale, float *restrict means, float *restrict variances,
+                                  float *restrict totals)
 {
     int illegal = 0;
-    _Alignas(64) float sums[GROUP] = {0};
-    for (int k = 0; k < K; ++k)
-        for (int i = 0; i < GROUP; ++i) {
-            const float y = (levels[k][i] - largest[i]) * scale[i], limited = -127.0f > y ? -127.0f : y;
-            sums[i] += limited;
-            levels[k][i] = power_of(limited);
-        }
-    for (int i = 0; i < GROUP; ++i)
-        illegal |= !(sums[i] <= 0);
+    for (int i = 0; i < GROUP; ++i) {
+#define LEVEL(k) const float y##k = (levels[k][i] - largest[i]) * scale[i], p##k = power_of(y##k);
+        EACH_LEVEL(LEVEL)
+#undef LEVEL
+        MOMENTS
+        /* Not a number, an infinity above all, or no level that is possible: then a difference is not a number. */
+#define EXPONENT(k) y##k
+        illegal |= !(SUM_OF_LEVELS(EXPONENT) <= 0);
+#undef EXPONENT
+    }
     return !illegal;
 }
 
-/* Whether probabilities [K][GROUP] are legal; totals: their sums. */
-static inline int are_probabilities(const float *restrict totals, float (*restrict levels)[GROUP])
+static inline int probability_moments(float (*restrict levels)[GROUP], float *restrict means,
+                                      float *restrict variances, float *restrict totals)
 {
     int illegal = 0;
-    _Alignas(64) float least[GROUP];
-    memcpy(least, levels[0], sizeof least);
-    for (int k = 1; k < K; ++k)
-        for (int i = 0; i < GROUP; ++i)
-            least[i] = levels[k][i] < least[i] ? levels[k][i] : least[i];
-    /* What is not a number is not among the least, but in the sum. */
-    for (int i = 0; i < GROUP; ++i)
-        illegal |= !(least[i] >= 0) | !(fabsf(totals[i] - 1) <= SUM_TOLERANCE);
+    for (int i = 0; i < GROUP; ++i) {
+        uint32_t signs = 0;
+#define LEVEL(k)                                                                                                       \
+    const float p##k = levels[k][i] + 0.0f;                                                                            \
+    signs |= bits_of(p##k);
+        EACH_LEVEL(LEVEL)
+#undef LEVEL
+        MOMENTS
+        /* What is not a number is not near 1 either; -0 + 0 is 0. */
+        illegal |= (signs >> 31) | !(fabsf(total - 1) <= SUM_TOLERANCE);
+    }
     return !illegal;
 }
 
@@ -120,46 +112,29 @@ static inline int group_moments(const struct belief *belief, int layer, const fl
                                 float *restrict means, float *restrict variances, float *restrict certainties)
 {
     const float *const is_coarse = belief->is_coarse + layer;
-    _Alignas(64) float levels[K][GROUP], largest[GROUP], likeliest[GROUP] = {0}, totals[GROUP] = {0}, sums[GROUP] = {0};
+    _Alignas(64) float levels[K][GROUP], largest[GROUP], totals[GROUP];
     transpose(given, levels);
-    memcpy(largest, levels[0], sizeof largest);
-    for (int k = 1; k < K; ++k)
-        for (int i = 0; i < GROUP; ++i)
-            largest[i] = levels[k][i] > largest[i] ? levels[k][i] : largest[i];
-    if (belief->keeps_mode)
-        for (int k = K; k-- > 0;)
-            for (int i = 0; i < GROUP; ++i)
-                likeliest[i] = levels[k][i] == largest[i] ? (float)k : likeliest[i];
-    if (belief->is_logits) {
-        if (!exponentials(belief->scale + layer, largest, levels))
-            return 0;
-        for (int i = 0; i < GROUP; ++i)
-            largest[i] = 1;
+    for (int i = 0; i < GROUP; ++i) {
+        float most = levels[0][i];
+#define LEVEL(k) most = levels[k][i] > most ? levels[k][i] : most;
+        EACH_LEVEL(LEVEL)
+#undef LEVEL
+        largest[i] = most;
     }
-    for (int k = 0; k < K; ++k)
-        for (int i = 0; i < GROUP; ++i) {
-            totals[i] += levels[k][i];
-            sums[i] += (float)k * levels[k][i];
-        }
-    if (!belief->is_logits && !are_probabilities(totals, levels))
+    if (!(belief->is_logits ? softmax_moments(levels, largest, belief->scale + layer, means, variances, totals)
+                            : probability_moments(levels, means, variances, totals)))
         return 0;
-    for (int i = 0; i < GROUP; ++i) {
-        totals[i] = 1 / totals[i];
-        means[i] = sums[i] * totals[i];
-        sums[i] = 0;
-    }
-    for (int k = 0; k < K; ++k)
-        for (int i = 0; i < GROUP; ++i) {
-            const float distance = (float)k - means[i];
-            sums[i] += levels[k][i] * distance * distance;
-        }
-    for (int i = 0; i < GROUP; ++i) {
-        variances[i] = sums[i] * totals[i];
-        certainties[i] = is_coarse[i] > 0 ? largest[i] * totals[i] : 1;
-    }
+    for (int i = 0; i < GROUP; ++i)
+        certainties[i] = is_coarse[i] > 0 ? (belief->is_logits ? 1 : largest[i]) / totals[i] : 1;
     if (belief->keeps_mode)
         for (int i = 0; i < GROUP; ++i) {
-            means[i] = is_coarse[i] > 0 ? likeliest[i] : means[i];
+            float most = levels[0][i], likeliest = 0;
+#define LEVEL(k)                                                                                                       \
+    likeliest = levels[k][i] > most ? k : likeliest;                                                                   \
+    most = levels[k][i] > most ? levels[k][i] : most;
+            EACH_LEVEL(LEVEL)
+#undef LEVEL
+            means[i] = is_coarse[i] > 0 ? likeliest : means[i];
             variances[i] = is_coarse[i] > 0 ? 0 : variances[i];
         }
     return 1;
@@ -307,13 +282,16 @@ static inline int believe(const struct belief_decoder decoder, const float *give
 {
     const int layers = decoder.decoder.layers;
     const size_t steps = num_chunks * T, step_values = (size_t)(D * K * layers);
-    struct belief belief = {.is_logits = is_logits, .keeps_mode = keeps_mode && coarse > 0};
+    struct belief belief;
+    belief.is_logits = is_logits;
+    belief.keeps_mode = keeps_mode && coarse > 0;
     if (coarse < 0 || coarse > layers)
         return RFSQ_ILLEGAL_VALUE;
-    for (int i = 0, layer = 0; i < layers + GROUP; ++i, layer = layer + 1 < layers ? layer + 1 : 0) {
-        belief.scale[i] = sharpness[layer] * 0x1.715476p+0f;
-        belief.is_coarse[i] = layer < coarse;
-    }
+    for (int first = 0; first < layers + GROUP; first += layers)
+        for (int layer = 0; layer < layers; ++layer) {
+            belief.scale[first + layer] = sharpness[layer] * 0x1.715476p+0f;
+            belief.is_coarse[first + layer] = layer < coarse;
+        }
     for (size_t step = 0; step < steps; step += CHECKED_STEPS) {
         const size_t left = steps - step, count = left < CHECKED_STEPS ? left : CHECKED_STEPS;
         float certainties[CHECKED_STEPS];
