@@ -57,7 +57,8 @@ def c_tokenizer(
         SOURCE_NAME,
         TABLES="\n".join(_tables(encoder, decoders)),
         ARITHMETIC=filled("arithmetic.c").rstrip(),
-        BELIEFS="" if encoder.has_stats else filled("beliefs.c"),
+        ONE_COPY=filled("one_copy.c").rstrip(),
+        BELIEFS="" if encoder.has_stats else filled("beliefs.c").rstrip(),
         FUNCTIONS="\n".join(functions).rstrip(),
     )
     header = filled(

@@ -14,6 +14,7 @@ from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
 from rfsq.export.errors import SourceTooLargeError
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.runtime.bundle.backend_specs import BACKENDS
+from rfsq.runtime.bundle.beliefs import SUM_TOLERANCE
 
 #: Numbers in the tables. GCC takes 3 seconds and 1.5 GB for so many, in a source of 270 MB.
 MOST_NUMBERS = 2**24
@@ -41,6 +42,8 @@ def c_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> CTokenizer:
         "rfsq_chunk_tokenizer.c",
         TABLES="\n".join([*_sizes(plan), *(_table(name, values) for name, values in tables.items())]),
         ARITHMETIC=filled("arithmetic.c").rstrip(),
+        ONE_COPY=filled("one_copy.c").rstrip(),
+        BELIEFS=filled("chunk_beliefs.c").rstrip(),
     )
     header = filled(
         "rfsq_chunk_tokenizer.h",
@@ -49,6 +52,7 @@ def c_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> CTokenizer:
         ACTION_DIM=sizes.action_dim,
         NUM_TOKENS=sizes.num_tokens,
         VOCABULARY=2**sizes.token_bits,
+        NUM_CLASSES=sizes.num_classes,
         ACTION_LIMIT=number(ACTION_LIMIT),
         CHECKED_STEPS=BACKENDS["c"].checked_steps,
     )
@@ -75,6 +79,7 @@ def _sizes(plan: ChunkPlan) -> list[str]:
         # Whether latents hold less than all of a chunk.
         f"#define HAS_REST {int(plan.num_latents < sizes.num_values)}",
         f"#define SURE_COST {number(sure_cost(plan))}",
+        f"#define SUM_TOLERANCE {number(SUM_TOLERANCE)}",
         f"#define SUM_OF_WEIGHTS {number(float(plan.weights.astype(np.float64).sum()))}",
         f"typedef {'uint8_t' if plan.num_latents <= 256 else 'uint16_t'} latent_index;",
     ]

@@ -24,6 +24,8 @@ enum { ROWS = (N + SUMS - 1) / SUMS * SUMS, PANELS = (M + LANES - 1) / LANES, PA
 _Static_assert(sizeof BASIS == sizeof(float[CLASSES][PANELS][ROWS][LANES]), "the table is padded as the code expects");
 _Static_assert(CHECKED_CHUNKS >= 1, "values are checked in whole chunks");
 
+/* @ONE_COPY@ */
+
 /* --- arithmetic -------------------------------------------------------------------------------------------------- */
 
 /* @ARITHMETIC@ */
@@ -419,7 +421,7 @@ static inline int class_of(const int32_t *first_token)
     return (int)(word >> (TOKEN_BITS - CLASS_BITS) & ((1u << CLASS_BITS) - 1));
 }
 
-static void decode_chunk(int num_tokens, const int32_t *restrict tokens, float *restrict actions)
+static ONE_COPY void decode_chunk(int num_tokens, const int32_t *restrict tokens, float *restrict actions)
 {
     _Alignas(64) float x[ROWS];
     const int class = class_of(tokens);
@@ -452,3 +454,5 @@ int rfsq_decode(const int32_t *tokens, size_t num_tokens, size_t num_chunks, flo
     }
     return RFSQ_OK;
 }
+
+/* @BELIEFS@ */

@@ -35,6 +35,8 @@ enum { RFSQ_OK = 0, RFSQ_ILLEGAL_VALUE = 1 };
 #define RFSQ_NUM_TOKENS /* @NUM_TOKENS@ */
 /** Tokens are 0 ... RFSQ_VOCABULARY - 1. */
 #define RFSQ_VOCABULARY /* @VOCABULARY@ */
+/** C: classes of a chunk, escape last. */
+#define RFSQ_NUM_CLASSES /* @NUM_CLASSES@ */
 /** The largest |action|: beyond it float32 overflows. */
 #define RFSQ_ACTION_LIMIT /* @ACTION_LIMIT@ */
 /** Steps, in whole chunks, whose values are all checked before any is computed with. */
@@ -58,6 +60,40 @@ int rfsq_encode(const float *actions, size_t num_chunks, int32_t *tokens);
  * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
  */
 int rfsq_decode(const int32_t *tokens, size_t num_tokens, size_t num_chunks, float *actions);
+
+/**
+ * @brief Decode what is believed of the first tokens: expected values, and how far they may be off.
+ * @param given [num_chunks][num_tokens][RFSQ_VOCABULARY], probabilities or logits
+ * @param num_tokens of each chunk, 1 ... L
+ * @param sharpness [num_tokens], what logits of each token are multiplied by: 1 / temperature
+ * @param is_logits whether `given` are logits; -inf is a word that cannot be
+ * @param keeps_mode whether the likeliest class alone is decoded
+ * @param num_chunks how many
+ * @param actions [num_chunks][T][A], physical units, written
+ * @param deviations [num_chunks][T][A], their standard deviations, written; or NULL
+ * @param mode_probability [num_chunks], of the likeliest class, written; or NULL
+ * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
+ */
+int rfsq_decode_beliefs(const float *given, size_t num_tokens, const float *sharpness, int is_logits, int keeps_mode,
+                        size_t num_chunks, float *actions, float *deviations, float *mode_probability);
+
+/**
+ * @brief The same of classes, and of code bits.
+ * @param classes [num_chunks][RFSQ_NUM_CLASSES], probabilities or logits, escape last; -inf is a class that cannot be
+ * @param bits [num_chunks][num_bits], probabilities that they are 1, or the logits of these; -inf is surely 0
+ * @param num_bits behind the class, as many as whole tokens have
+ * @param sharpness [1 + num_bits], of the class and of each bit
+ * @param is_logits whether both are logits
+ * @param keeps_mode whether the likeliest class alone is decoded
+ * @param num_chunks how many
+ * @param actions [num_chunks][T][A], physical units, written
+ * @param deviations [num_chunks][T][A], their standard deviations, written; or NULL
+ * @param mode_probability [num_chunks], of the likeliest class, written; or NULL
+ * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
+ */
+int rfsq_decode_bit_beliefs(const float *classes, const float *bits, size_t num_bits, const float *sharpness,
+                            int is_logits, int keeps_mode, size_t num_chunks, float *actions, float *deviations,
+                            float *mode_probability);
 
 #ifdef __cplusplus
 }

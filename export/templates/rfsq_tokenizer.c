@@ -38,12 +38,7 @@ _Static_assert(sizeof OFFSETS == STEPS * A * sizeof(float), "the tables are repe
 #define FETCH(address) ((void)(address))
 #endif
 
-/* For what must round alike wherever it is called from: compilers may round copies of it differently. */
-#ifdef __GNUC__
-#define ONE_COPY __attribute__((noinline))
-#else
-#define ONE_COPY
-#endif
+/* @ONE_COPY@ */
 
 /* --- arithmetic -------------------------------------------------------------------------------------------------- */
 
@@ -421,6 +416,7 @@ static inline int decode(decode_some *some, size_t layers, const int32_t *tokens
 }
 
 /* @BELIEFS@ */
+
 /* --- what the header declares ------------------------------------------------------------------------------------ */
 
 /* @FUNCTIONS@ */
