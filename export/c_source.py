@@ -199,18 +199,18 @@ def _encoder_function(plan: EncoderPlan) -> str:
 
 
 def _decoder_function(plan: DecoderPlan) -> str:
-    stats = "stats" if plan.has_stats else "NULL"
+    name, stats = f"l{plan.prefix}", "stats" if plan.has_stats else "NULL"
     check = "    if (stats == NULL)\n        return RFSQ_ILLEGAL_VALUE;\n" if plan.has_stats else ""
     return f"""\
 {_to_latents(plan)}
-static ONE_COPY int l{plan.prefix}_decode_some(const int32_t *tokens, const float *stats, size_t until_end, float *actions)
+static ONE_COPY int {name}_decode_some(const int32_t *tokens, const float *stats, size_t until_end, float *actions)
 {{
     return decode_checked({_decoder(plan)}, tokens, stats, until_end, actions);
 }}
 
 {_signature(plan)}
 {{
-{check}    return decode(l{plan.prefix}_decode_some, {plan.prefix}, tokens, {stats}, num_chunks, actions);
+{check}    return decode({name}_decode_some, {plan.prefix}, tokens, {stats}, num_chunks, actions);
 }}
 """
 
@@ -304,7 +304,7 @@ def _sums_of_own_tokens(layers: int, product: str, start: str, target: str = "la
 
 
 def _sums_of_neighbours(source: str, count: int, start: str, target: str) -> str:
-    """Statements that add up every `count` neighbours into the target: halves for as long as there is an even number."""
+    """Statements that add up every `count` neighbours into target: halves for as long as there is an even number."""
     halvings = ""
     while count % 2 == 0:
         count //= 2

@@ -19,6 +19,7 @@ from ..bundle.arrays import AnyArray, Float32Array, Int32Array
 from ..bundle.backend_specs import BACKENDS
 from ..bundle.errors import BackendUnavailableError, IllegalValueError
 from ..bundle.folder import Bundle
+from .beliefs import BeliefCall
 from .contract import EngineInUse, engine_for
 from .cpu_targets import host_targets
 
@@ -56,6 +57,14 @@ class CBackend:
             else (_function(library, "rfsq_decode"), (_size(prefix),))
             for prefix in model.prefixes
         }
+        # Older engines have none of these, and those of `dynamic` models neither.
+        self._beliefs: dict[int, Callable[..., int]] = {
+            prefix: function
+            for prefix in model.prefixes
+            if (function := getattr(library, f"rfsq_decode_beliefs_l{prefix}", None)) is not None
+        }
+        self._chunk_beliefs: Callable[..., int] | None = getattr(library, "rfsq_decode_beliefs", None)
+        self._bit_beliefs: Callable[..., int] | None = getattr(library, "rfsq_decode_bit_beliefs", None)
         self._has_stats = model.has_stats
         # The last call of each kind is held as soon as its arrays have come twice in a row.
         nothing = np.empty(0, np.float32)
@@ -112,6 +121,37 @@ class CBackend:
             self._decoded = pair
         if status:
             raise IllegalValueError("the C engine refuses the tokens, or their statistics: not all are legal")
+
+    @property
+    def has_beliefs(self) -> bool:
+        """Whether this engine decodes probabilities."""
+        return bool(self._beliefs) or self._chunk_beliefs is not None
+
+    # As in the contract.
+    def decode_belief_into(  # noqa: PLR0913
+        self,
+        given: tuple[Float32Array, ...],
+        sharpness: Float32Array,
+        call: BeliefCall,
+        actions: Float32Array,
+        std: Float32Array,
+        mode_probability: Float32Array,
+    ) -> None:
+        terms: tuple[int, ...] = (call.is_logits, call.keeps_mode)
+        function: Callable[..., int] | None
+        parts: tuple[Any, ...]
+        if len(given) == 2:
+            function, parts = self._bit_beliefs, (*map(_pointer, given), _size(given[1].shape[1]))
+        elif given[0].ndim == 3:
+            function, parts = self._chunk_beliefs, (_pointer(given[0]), _size(given[0].shape[1]))
+        else:
+            function, parts = self._beliefs.get(given[0].shape[3]), (_pointer(given[0]),)
+            terms = (*terms, call.coarse)
+        if function is None:
+            raise BackendUnavailableError("the C engine decodes no probabilities; build the bundle again")
+        outputs = map(_pointer, (actions, std, mode_probability))
+        if function(*parts, _pointer(sharpness), *terms, _size(len(actions)), *outputs):
+            raise IllegalValueError("the C engine refuses what is given of tokens: not all of it are distributions")
 
     def close(self) -> None:
         """Does nothing: the library stays loaded, since another thread may be in it, and it holds no memory."""
