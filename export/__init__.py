@@ -11,7 +11,7 @@ The command and its steps:
 What is generated:
 
 - plan: the arithmetic, folded; graphs: ONNX of it, put together with graph_builder; c_source: C of it; cuda_source:
-  CUDA of it
+  CUDA of it; c_tables: tables and templates of both
 - chunk_plan, chunk_graphs with chunk_builder and chunk_escape, chunk_c_source, chunk_cuda_source: the same of chunk
   tokens
 - onnx_evaluator: runs a graph in numpy

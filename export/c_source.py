@@ -9,23 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from rfsq.export.c_builder import C_FLAGS, HEADER_NAME, SOURCE_NAME
-from rfsq.export.errors import BuildInputError
+from rfsq.export.c_tables import Array, filled, number, table
 from rfsq.export.plan import Affine, DecoderPlan, DeployMode, EncoderPlan, Plan, action_limit, middle_level
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.beliefs import SUM_TOLERANCE
 from rfsq.runtime.bundle.validation import STATS_LIMIT
-
-_TEMPLATES = Path(__file__).parent / "templates"
-_NUMBERS_A_LINE = 6
-Array = npt.NDArray[np.floating]
-IntArray = npt.NDArray[np.int64]
 
 #: As in the template.
 _LANES = 8
@@ -58,7 +51,7 @@ def c_tokenizer(
         TABLES="\n".join(_tables(encoder, decoders)),
         ARITHMETIC=filled("arithmetic.c").rstrip(),
         ONE_COPY=filled("one_copy.c").rstrip(),
-        BELIEFS="" if encoder.has_stats else filled("beliefs.c").rstrip(),
+        BELIEFS="" if encoder.has_stats else beliefs("beliefs.c"),
         FUNCTIONS="\n".join(functions).rstrip(),
     )
     header = filled(
@@ -80,6 +73,11 @@ def c_tokenizer(
     return CTokenizer(header, note + source)
 
 
+def beliefs(template: str) -> str:
+    """What decodes probabilities, from the template of this name."""
+    return filled(template, EXPONENTS=filled("exponents.c").rstrip()).rstrip()
+
+
 def decoder_name(prefix: int) -> str:
     """The C function that decodes `prefix` layers."""
     return f"rfsq_decode_l{prefix}"
@@ -96,6 +94,7 @@ def belief_name(prefix: int) -> str:
 def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
     quantizer = encoder.quantizer
     width, half_range = encoder.first.weight.shape[0], (encoder.num_levels - 1) / 2
+    levels = [f"LEVEL({level})" for level in range(encoder.num_levels)]
     lines = [
         f"enum {{ H = {width}, MIDDLE_LEVEL = {middle_level(encoder.num_levels)} }};",
         f"#define HAS_OFFSET {int(encoder.offset.any())}",
@@ -105,8 +104,8 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
         f"#define STATS_LIMIT {number(STATS_LIMIT)}",
         f"#define SUM_TOLERANCE {number(SUM_TOLERANCE)}",
         "#define EACH_LAYER(LAYER) " + " ".join(f"LAYER({layer})" for layer in range(encoder.num_layers)),
-        "#define EACH_LEVEL(LEVEL) " + " ".join(f"LEVEL({level})" for level in range(encoder.num_levels)),
-        f"#define SUM_OF_LEVELS(LEVEL) {_sum_of_pairs([f'LEVEL({level})' for level in range(encoder.num_levels)])}",
+        "#define EACH_LEVEL(LEVEL) " + " ".join(levels),
+        f"#define SUM_OF_LEVELS(LEVEL) {_sum_of_pairs(levels)}",
         *_layer("ENCODER_FIRST", encoder.first),
         *_layer("ENCODER_SECOND", encoder.second),
     ]
@@ -150,44 +149,6 @@ def _padded_table(name: str, values: Array, lanes: int = _LANES) -> str:
 
 def _table(name: str, values: Array) -> str:
     return table("static _Alignas(64) const float", name, values)
-
-
-# --- numbers and templates, as CUDA has them too ----------------------------------------------------------------------
-
-
-def filled(template: str, **parts: object) -> str:
-    """The template of this name, with each part in the place of the comment that names it."""
-    text = (_TEMPLATES / template).read_text(encoding="utf-8")
-    for name, part in parts.items():
-        text = text.replace(f"/* @{name}@ */", str(part))
-    return text
-
-
-def table(kind: str, name: str, values: Array | IntArray) -> str:
-    """A constant array of one or two dimensions. kind: what stands in front of its name."""
-    shape = "".join(f"[{size}]" for size in values.shape)
-    return f"{kind} {name}{shape} = {{\n{_lines(values, ' ' * 4)}\n}};"
-
-
-def number(value: float) -> str:
-    """A float32 in C's exact spelling. Raises BuildInputError for NaN and for numbers beyond float32.
-
-    >>> number(0.1)
-    '0x1.99999a0000000p-4f'
-    """
-    if not abs(float(value)) <= float(np.finfo(np.float32).max):
-        raise BuildInputError(
-            f"a constant of the tokenizer is {value:g}, which float32 does not hold; the training diverged"
-        )
-    return f"{float(np.float32(value)).hex()}f"
-
-
-def _lines(values: Array | IntArray, indent: str) -> str:
-    if values.ndim > 1:
-        return ",\n".join(f"{indent}{{\n{_lines(row, indent + ' ' * 4)}\n{indent}}}" for row in values)
-    numbers = [str(value) if isinstance(value, np.integer) else number(value) for value in values]
-    starts = range(0, len(numbers), _NUMBERS_A_LINE)
-    return ",\n".join(indent + ", ".join(numbers[start : start + _NUMBERS_A_LINE]) for start in starts)
 
 
 # --- functions --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from rfsq.export.c_builder import C_FLAGS
-from rfsq.export.c_source import Array, CTokenizer, IntArray, filled, number, table
+from rfsq.export.c_source import CTokenizer, beliefs
+from rfsq.export.c_tables import Array, IntArray, filled, number, table
 from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
 from rfsq.export.errors import SourceTooLargeError
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
@@ -43,7 +44,7 @@ def c_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> CTokenizer:
         TABLES="\n".join([*_sizes(plan), *(_table(name, values) for name, values in tables.items())]),
         ARITHMETIC=filled("arithmetic.c").rstrip(),
         ONE_COPY=filled("one_copy.c").rstrip(),
-        BELIEFS=filled("chunk_beliefs.c").rstrip(),
+        BELIEFS=beliefs("chunk_beliefs.c"),
     )
     header = filled(
         "rfsq_chunk_tokenizer.h",

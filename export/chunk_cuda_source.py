@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rfsq.export.c_source import Array, IntArray, filled, number, table
+from rfsq.export.c_tables import Array, IntArray, filled, number, table
 from rfsq.export.chunk_c_source import (
     MOST_SPELLED,
     at_budgets,

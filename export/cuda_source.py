@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rfsq.export.c_source import Array, IntArray, filled, number, table
+from rfsq.export.c_tables import Array, IntArray, filled, number, table
 from rfsq.export.plan import Affine, DecoderPlan, EncoderPlan, Plan, action_limit, middle_level
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 from rfsq.runtime.bundle.manifest import TOKEN_TYPES, TokenType, kernel_name, token_types

@@ -1,5 +1,7 @@
 /* --- beliefs ----------------------------------------------------------------------------------------------------- */
 
+/* @EXPONENTS@ */
+
 /* So many tokens are computed with at once, one in each lane. */
 enum { GROUP = 64 };
 
@@ -289,7 +291,7 @@ static inline int believe(const struct belief_decoder decoder, const float *give
         return RFSQ_ILLEGAL_VALUE;
     for (int first = 0; first < layers + GROUP; first += layers)
         for (int layer = 0; layer < layers; ++layer) {
-            belief.scale[first + layer] = sharpness[layer] * 0x1.715476p+0f;
+            belief.scale[first + layer] = scale_of(sharpness[layer]);
             belief.is_coarse[first + layer] = layer < coarse;
         }
     for (size_t step = 0; step < steps; step += CHECKED_STEPS) {

@@ -1,5 +1,7 @@
 /* --- beliefs ----------------------------------------------------------------------------------------------------- */
 
+/* @EXPONENTS@ */
+
 /* FIRST_BITS: those of the first token behind its class; PART: so many words are added up at once. */
 enum { ALL_CLASSES = CLASSES + 1, FIRST_BITS = TOKEN_BITS - CLASS_BITS, WORDS = 1 << TOKEN_BITS, PART = 64 };
 
@@ -11,6 +13,12 @@ struct belief {
     double weights[ALL_CLASSES], first[ALL_CLASSES][FIRST_BITS + 1], rest[CODE_BITS];
 };
 
+/* What is given of chunks: distributions of words, or of classes, and bits. */
+struct given {
+    int is_logits, num_tokens;
+    const float *words, *classes, *bits;
+};
+
 /* How numbers are read: e^(sharpness (x - largest)) of logits, with scale = sharpness / ln 2, or as they are. */
 struct reading {
     int is_logits;
@@ -20,31 +28,32 @@ struct reading {
 static inline double sum_of(int count, const float *restrict x)
 {
     _Alignas(64) double sums[LANES] = {0};
-    double sum, rest = 0;
+    double sum;
     int i = 0;
     for (; i + LANES <= count; i += LANES)
         for (int lane = 0; lane < LANES; ++lane)
             sums[lane] += x[i + lane];
     for (; i < count; ++i)
-        rest += x[i];
+        sums[i % LANES] += x[i];
     sum_lanes(1, sums, &sum);
-    return sum + rest;
+    return sum;
 }
 
+/* The other way round, too: a whole number that is in the order of floats, and the float of such a number. */
+static inline uint32_t ordered(uint32_t bits)
+{
+    return bits ^ (bits >> 31) * 0x7fffffffu;
+}
+
+/* As a whole number, for which compilers take vectors. */
 static inline float largest_of(int count, const float *restrict x)
 {
-    _Alignas(64) float most[LANES];
-    int i = 0;
-    for (int lane = 0; lane < LANES; ++lane)
-        most[lane] = x[lane < count ? lane : 0];
-    for (; i + LANES <= count; i += LANES)
-        for (int lane = 0; lane < LANES; ++lane)
-            most[lane] = x[i + lane] > most[lane] ? x[i + lane] : most[lane];
-    for (; i < count; ++i)
-        most[0] = x[i] > most[0] ? x[i] : most[0];
-    for (int lane = 1; lane < LANES; ++lane)
-        most[0] = most[lane] > most[0] ? most[lane] : most[0];
-    return most[0];
+    int32_t largest = INT32_MIN;
+    for (int i = 0; i < count; ++i) {
+        const int32_t value = (int32_t)ordered(bits_of(x[i]));
+        largest = value > largest ? value : largest;
+    }
+    return float_of(ordered((uint32_t)largest));
 }
 
 /* Whether one distribution is legal. */
@@ -65,18 +74,9 @@ static inline int is_distribution(int is_logits, int count, const float *restric
     return !illegal;
 }
 
-/* Whether bits are legal. */
-static inline int are_bits(int is_logits, int count, const float *restrict given)
-{
-    int illegal = 0;
-    for (int i = 0; i < count; ++i)
-        illegal |= is_logits ? !(given[i] < HUGE_VALF) : !(given[i] >= 0) | !(given[i] <= 1);
-    return !illegal;
-}
-
 static inline struct reading reading_of(int is_logits, float sharpness, int count, const float *restrict given)
 {
-    const struct reading reading = {is_logits, largest_of(count, given), sharpness * 0x1.715476p+0f};
+    const struct reading reading = {is_logits, largest_of(count, given), scale_of(sharpness)};
     return reading;
 }
 
@@ -131,11 +131,9 @@ static inline void to_ones(int bits, double (*restrict sums)[2], double *restric
         ones[bit] = sums[bit][1] / (sums[bit][0] + sums[bit][1]);
 }
 
-/* given: [num_tokens][WORDS]. */
-static void believe_tokens(int is_logits, int num_tokens, const float *restrict given, const float *restrict sharpness,
-                           struct belief *restrict belief)
+static void believe_words(struct given given, const float *restrict sharpness, struct belief *restrict belief)
 {
-    const struct reading reading = reading_of(is_logits, sharpness[0], WORDS, given);
+    const struct reading reading = reading_of(given.is_logits, sharpness[0], WORDS, given.words);
     double sums[TOKEN_BITS][2];
     for (int class = 0; class < ALL_CLASSES; ++class) {
         /* Numbers behind the last class mean it, too. */
@@ -143,34 +141,33 @@ static void believe_tokens(int is_logits, int num_tokens, const float *restrict 
         memset(sums, 0, sizeof sums);
         belief->weights[class] = 0;
         for (int number = class; number < end; ++number)
-            belief->weights[class] += add_words(reading, FIRST_BITS, given + (number << FIRST_BITS), sums);
+            belief->weights[class] += add_words(reading, FIRST_BITS, given.words + (number << FIRST_BITS), sums);
         if (belief->weights[class] > 0)
             to_ones(FIRST_BITS, sums, belief->first[class]);
     }
-    for (int token = 1; token < num_tokens; ++token) {
-        const float *const words = given + token * WORDS;
+    for (int token = 1; token < given.num_tokens; ++token) {
+        const float *const words = given.words + token * WORDS;
         memset(sums, 0, sizeof sums);
-        add_words(reading_of(is_logits, sharpness[token], WORDS, words), TOKEN_BITS, words, sums);
+        add_words(reading_of(given.is_logits, sharpness[token], WORDS, words), TOKEN_BITS, words, sums);
         to_ones(TOKEN_BITS, sums, belief->rest + (token - 1) * TOKEN_BITS);
     }
 }
 
 static inline double one_of_logit(float logit, float sharpness)
 {
-    const double power = power_of(-fabsf(logit * (sharpness * 0x1.715476p+0f)));
+    const double power = power_of(-fabsf(logit * scale_of(sharpness)));
     return (logit < 0 ? power : 1) / (1 + power);
 }
 
-/* classes: [ALL_CLASSES], bits: [num_bits]. */
-static void believe_bits(int is_logits, int num_bits, const float *restrict classes, const float *restrict bits,
-                         const float *restrict sharpness, struct belief *restrict belief)
+static void believe_bits(struct given given, const float *restrict sharpness, struct belief *restrict belief)
 {
     float powers[ALL_CLASSES];
-    read_powers(reading_of(is_logits, sharpness[0], ALL_CLASSES, classes), ALL_CLASSES, classes, powers);
+    const struct reading reading = reading_of(given.is_logits, sharpness[0], ALL_CLASSES, given.classes);
+    read_powers(reading, ALL_CLASSES, given.classes, powers);
     for (int class = 0; class < ALL_CLASSES; ++class)
         belief->weights[class] = powers[class];
-    for (int j = 0; j < num_bits; ++j) {
-        const double one = is_logits ? one_of_logit(bits[j], sharpness[1 + j]) : bits[j];
+    for (int j = 0; j < given.num_tokens * TOKEN_BITS - CLASS_BITS; ++j) {
+        const double one = given.is_logits ? one_of_logit(given.bits[j], sharpness[1 + j]) : given.bits[j];
         if (j >= FIRST_BITS)
             belief->rest[j - FIRST_BITS] = one;
         else
@@ -337,12 +334,6 @@ static void decode_belief(struct belief *belief, int keeps_mode, int num_tokens,
             actions[n] = (float)(x[n] + shifts[n]) * UNITS[n] + OFFSETS[n];
 }
 
-/* What is given of chunks: distributions of words, or of classes, and bits. */
-struct given {
-    int is_logits, num_tokens;
-    const float *words, *classes, *bits;
-};
-
 /* That of a later chunk. */
 static inline struct given chunk_of(struct given given, size_t chunk)
 {
@@ -358,13 +349,16 @@ static inline struct given chunk_of(struct given given, size_t chunk)
 
 static int is_legal(struct given given)
 {
-    if (given.words == NULL)
-        return is_distribution(given.is_logits, ALL_CLASSES, given.classes)
-            && are_bits(given.is_logits, given.num_tokens * TOKEN_BITS - CLASS_BITS, given.bits);
-    for (int token = 0; token < given.num_tokens; ++token)
-        if (!is_distribution(given.is_logits, WORDS, given.words + token * WORDS))
-            return 0;
-    return 1;
+    int illegal = 0;
+    if (given.words != NULL) {
+        for (int token = 0; token < given.num_tokens; ++token)
+            illegal |= !is_distribution(given.is_logits, WORDS, given.words + token * WORDS);
+        return !illegal;
+    }
+    illegal |= !is_distribution(given.is_logits, ALL_CLASSES, given.classes);
+    for (int j = 0; j < given.num_tokens * TOKEN_BITS - CLASS_BITS; ++j)
+        illegal |= given.is_logits ? !(given.bits[j] < HUGE_VALF) : !(given.bits[j] >= 0) | !(given.bits[j] <= 1);
+    return !illegal;
 }
 
 static int decode_beliefs(struct given given, const float *sharpness, int keeps_mode, size_t num_chunks, float *actions,
@@ -378,9 +372,9 @@ static int decode_beliefs(struct given given, const float *sharpness, int keeps_
         const struct given own = chunk_of(given, chunk);
         struct belief belief;
         if (own.words != NULL)
-            believe_tokens(own.is_logits, own.num_tokens, own.words, sharpness, &belief);
+            believe_words(own, sharpness, &belief);
         else
-            believe_bits(own.is_logits, own.num_tokens * TOKEN_BITS - CLASS_BITS, own.classes, own.bits, sharpness, &belief);
+            believe_bits(own, sharpness, &belief);
         decode_belief(&belief, keeps_mode, own.num_tokens, actions + chunk * N,
                       deviations == NULL ? NULL : deviations + chunk * N,
                       mode_probability == NULL ? NULL : mode_probability + chunk);

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq.export.c_source import number
+from rfsq.export.c_tables import number
 from rfsq.export.cuda_source import FixedPoint, fixed_point
 from rfsq.export.plan import Affine, DeployMode
 from rfsq.rfsq_ref.autoencoder import ModelConfig
