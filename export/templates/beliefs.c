@@ -101,7 +101,7 @@ static inline int probability_moments(float (*restrict levels)[GROUP], float *re
 #undef LEVEL
         MOMENTS
         /* What is not a number is not near 1 either; -0 + 0 is 0. */
-        illegal |= (signs >> 31) | !(fabsf(total - 1) <= SUM_TOLERANCE);
+        illegal |= (int)(signs >> 31) | !(fabsf(total - 1) <= SUM_TOLERANCE);
     }
     return !illegal;
 }

@@ -101,9 +101,9 @@ static inline double add_words(struct reading reading, int bits, const float *re
     _Alignas(64) float powers[PART];
     _Alignas(64) double folded[PART] = {0};
     double all = 0;
-    int low = 0;
-    while (1 << low < part)
-        ++low;
+    int low = bits;
+    while (1 << low > part)
+        --low;
     for (int first = 0; first < words; first += part) {
         read_powers(reading, part, given + first, powers);
         for (int i = 0; i < part; ++i)
@@ -337,26 +337,22 @@ static void decode_belief(struct belief *belief, int keeps_mode, int num_tokens,
 /* That of a later chunk. */
 static inline struct given chunk_of(struct given given, size_t chunk)
 {
-    const int num_tokens = given.num_tokens;
     if (given.words != NULL) {
-        given.words += chunk * (size_t)(num_tokens * WORDS);
-    } else {
-        given.classes += chunk * ALL_CLASSES;
-        given.bits += chunk * (size_t)(num_tokens * TOKEN_BITS - CLASS_BITS);
+        given.words += chunk * (size_t)(given.num_tokens * WORDS);
+        return given;
     }
+    given.classes += chunk * ALL_CLASSES;
+    given.bits += chunk * (size_t)(given.num_tokens * TOKEN_BITS - CLASS_BITS);
     return given;
 }
 
 static int is_legal(struct given given)
 {
     int illegal = 0;
-    if (given.words != NULL) {
-        for (int token = 0; token < given.num_tokens; ++token)
-            illegal |= !is_distribution(given.is_logits, WORDS, given.words + token * WORDS);
-        return !illegal;
-    }
-    illegal |= !is_distribution(given.is_logits, ALL_CLASSES, given.classes);
-    for (int j = 0; j < given.num_tokens * TOKEN_BITS - CLASS_BITS; ++j)
+    for (int token = 0; given.words != NULL && token < given.num_tokens; ++token)
+        illegal |= !is_distribution(given.is_logits, WORDS, given.words + token * WORDS);
+    illegal |= given.words == NULL && !is_distribution(given.is_logits, ALL_CLASSES, given.classes);
+    for (int j = 0; given.words == NULL && j < given.num_tokens * TOKEN_BITS - CLASS_BITS; ++j)
         illegal |= given.is_logits ? !(given.bits[j] < HUGE_VALF) : !(given.bits[j] >= 0) | !(given.bits[j] <= 1);
     return !illegal;
 }

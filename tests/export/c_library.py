@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rfsq.export.c_builder import C_FLAGS, HEADER_NAME, SOURCE_NAME
-from rfsq.export.c_source import decoder_name
+from rfsq.export.c_source import belief_name, decoder_name
 from rfsq.export.plan import DecoderPlan, EncoderPlan, plan_decoder, plan_encoder
 from tests.bundles import Deployed, Recipe, generate_c
 
@@ -58,7 +58,9 @@ def compile_program(
     folder: Path, main: Path, recipe: Recipe, *, compiler: str = "gcc", flags: Sequence[str] = C_FLAGS
 ) -> Path:
     """One of the programs of `FOLDER` with the source in `folder`."""
-    defines = [f"-DDECODE={decoder_name(recipe.config.num_layers)}"] + ["-DHAS_STATS"] * recipe.mode.has_stats
+    depth = recipe.config.num_layers
+    defines = [f"-DDECODE={decoder_name(depth)}", f"-DBELIEVE={belief_name(depth)}"]
+    defines += ["-DHAS_STATS"] * recipe.mode.has_stats
     program = folder / main.stem
     run([compiler, *flags, *defines, "-I.", main, SOURCE_NAME, "-lm", "-o", program], folder)
     return program
@@ -91,6 +93,27 @@ class Library:
         actions = self.place((*tokens.shape[:2], self.recipe.config.action_dim), np.float32)
         arrays = [tokens] if stats is None else [tokens, stats]
         return decode(*map(_at, arrays), _count(tokens), _at(actions)), actions
+
+    def believe(
+        self,
+        given: Array,
+        *,
+        is_logits: bool,
+        keeps_mode: bool = False,
+        coarse: int = 1,
+        sharpness: Array | None = None,
+        wants_all: bool = True,
+    ) -> tuple[int, Array, Array, Array]:
+        """given float32 [N, T, D, l, K]; actions, deviations and mode_probability, without wants_all the first alone."""
+        layers = given.shape[3]
+        own = np.ones(layers, np.float32) if sharpness is None else sharpness
+        actions = self.place((*given.shape[:2], self.recipe.config.action_dim), np.float32)
+        deviations, mode_probability = self.place(actions.shape, np.float32), self.place(given.shape[:1], np.float32)
+        terms = (int(is_logits), int(keeps_mode), coarse)
+        others = map(_at, (deviations, mode_probability)) if wants_all else (None, None)
+        function = self._library[belief_name(layers)]
+        status = function(_at(given), _at(own), *terms, _count(given), _at(actions), *others)
+        return status, actions, deviations, mode_probability
 
     def place(self, shape: tuple[int, ...], dtype: type) -> Array:
         """An array four bytes into a buffer, aligned to nothing more; filled with `UNTOUCHED`."""
