@@ -104,7 +104,7 @@ class Library:
         sharpness: Array | None = None,
         wants_all: bool = True,
     ) -> tuple[int, Array, Array, Array]:
-        """given float32 [N, T, D, l, K]; actions, deviations and mode_probability, without wants_all the first alone."""
+        """given float32 [N, T, D, l, K] -> actions, deviations, mode_probability; without wants_all the first alone."""
         layers = given.shape[3]
         own = np.ones(layers, np.float32) if sharpness is None else sharpness
         actions = self.place((*given.shape[:2], self.recipe.config.action_dim), np.float32)
