@@ -55,31 +55,27 @@ static inline void transpose(const float *restrict given, float (*restrict level
             levels[k][i] = given[i * K + k];
 }
 
-/* Of p0, p1 and so on, all levels' probabilities but for a factor, the moments of token i. */
-#define PROBABILITY(k) p##k
-#define FIRST_MOMENT(k) k * p##k
-#define SECOND_MOMENT(k) p##k * ((k - mean) * (k - mean))
-#define MOMENTS                                                                                                        \
-    const float total = SUM_OF_LEVELS(PROBABILITY), inverse = 1 / total;                                               \
-    const float mean = SUM_OF_LEVELS(FIRST_MOMENT) * inverse;                                                          \
-    means[i] = mean;                                                                                                   \
-    variances[i] = SUM_OF_LEVELS(SECOND_MOMENT) * inverse;                                                             \
-    totals[i] = total;
+/* The largest of all levels of token i. */
+static inline float largest_of(float (*restrict levels)[GROUP], int i)
+{
+    float largest = levels[0][i];
+#define LEVEL(k) largest = levels[k][i] > largest ? levels[k][i] : largest;
+    EACH_LEVEL(LEVEL)
+#undef LEVEL
+    return largest;
+}
 
-/*
- * The distributions of tokens, [K][GROUP], of which `largest` are the largest values -> means and variances; totals: what
- * they were divided by. Whether all are legal. Written out level by level, so that all of a token stays in registers.
- */
-static inline int softmax_moments(float (*restrict levels)[GROUP], const float *restrict largest,
-                                  const float *restrict scale, float *restrict means, float *restrict variances,
-                                  float *restrict totals)
+/* Logits [K][GROUP] -> e^(sharpness (logit - largest)) in their place. Whether all are legal. */
+static inline int exponentials(const float *restrict scale, float (*restrict levels)[GROUP])
 {
     int illegal = 0;
     for (int i = 0; i < GROUP; ++i) {
-#define LEVEL(k) const float y##k = (levels[k][i] - largest[i]) * scale[i], p##k = power_of(y##k);
+        const float largest = largest_of(levels, i);
+#define LEVEL(k)                                                                                                       \
+    const float y##k = (levels[k][i] - largest) * scale[i];                                                            \
+    levels[k][i] = power_of(y##k);
         EACH_LEVEL(LEVEL)
 #undef LEVEL
-        MOMENTS
         /* Not a number, an infinity above all, or no level that is possible: then a difference is not a number. */
 #define EXPONENT(k) y##k
         illegal |= !(SUM_OF_LEVELS(EXPONENT) <= 0);
@@ -88,57 +84,64 @@ static inline int softmax_moments(float (*restrict levels)[GROUP], const float *
     return !illegal;
 }
 
-static inline int probability_moments(float (*restrict levels)[GROUP], float *restrict means,
-                                      float *restrict variances, float *restrict totals)
+/* Whether probabilities [K][GROUP] are legal. */
+static inline int are_probabilities(float (*restrict levels)[GROUP])
 {
     int illegal = 0;
     for (int i = 0; i < GROUP; ++i) {
         uint32_t signs = 0;
-#define LEVEL(k)                                                                                                       \
-    const float p##k = levels[k][i] + 0.0f;                                                                            \
-    signs |= bits_of(p##k);
+        /* -0 + 0 is 0, and what is not a number has a sum that is none. */
+#define LEVEL(k) signs |= bits_of(levels[k][i] + 0.0f);
         EACH_LEVEL(LEVEL)
 #undef LEVEL
-        MOMENTS
-        /* What is not a number is not near 1 either; -0 + 0 is 0. */
-        illegal |= (int)(signs >> 31) | !(fabsf(total - 1) <= SUM_TOLERANCE);
+#define PROBABILITY(k) levels[k][i]
+        illegal |= (int)(signs >> 31) | !(fabsf(SUM_OF_LEVELS(PROBABILITY) - 1) <= SUM_TOLERANCE);
+#undef PROBABILITY
     }
     return !illegal;
 }
 
 /*
  * given [GROUP][K], the first of them of layer `layer` -> means and variances of the tokens, and certainties: how
- * probable the likeliest level is of a coarse token, else 1; all [GROUP]. Whether all are legal.
+ * probable the likeliest level is of a coarse token, else 1; all [GROUP]. Whether all are legal. Written out level by
+ * level, so that what is known of a token stays in registers.
  */
 static inline int group_moments(const struct belief *belief, int layer, const float *restrict given,
                                 float *restrict means, float *restrict variances, float *restrict certainties)
 {
     const float *const is_coarse = belief->is_coarse + layer;
-    _Alignas(64) float levels[K][GROUP], largest[GROUP], totals[GROUP];
+    _Alignas(64) float levels[K][GROUP], likeliest[GROUP];
     transpose(given, levels);
-    for (int i = 0; i < GROUP; ++i) {
-        float most = levels[0][i];
-#define LEVEL(k) most = levels[k][i] > most ? levels[k][i] : most;
+    for (int i = 0; belief->keeps_mode && i < GROUP; ++i) {
+        float largest = levels[0][i], level = 0;
+#define LEVEL(k)                                                                                                       \
+    level = levels[k][i] > largest ? k : level;                                                                        \
+    largest = levels[k][i] > largest ? levels[k][i] : largest;
         EACH_LEVEL(LEVEL)
 #undef LEVEL
-        largest[i] = most;
+        likeliest[i] = level;
     }
-    if (!(belief->is_logits ? softmax_moments(levels, largest, belief->scale + layer, means, variances, totals)
-                            : probability_moments(levels, means, variances, totals)))
+    if (!(belief->is_logits ? exponentials(belief->scale + layer, levels) : are_probabilities(levels)))
         return 0;
-    for (int i = 0; i < GROUP; ++i)
-        certainties[i] = is_coarse[i] > 0 ? (belief->is_logits ? 1 : largest[i]) / totals[i] : 1;
-    if (belief->keeps_mode)
-        for (int i = 0; i < GROUP; ++i) {
-            float most = levels[0][i], likeliest = 0;
-#define LEVEL(k)                                                                                                       \
-    likeliest = levels[k][i] > most ? k : likeliest;                                                                   \
-    most = levels[k][i] > most ? levels[k][i] : most;
-            EACH_LEVEL(LEVEL)
+    for (int i = 0; i < GROUP; ++i) {
+#define LEVEL(k) const float p##k = levels[k][i];
+        EACH_LEVEL(LEVEL)
 #undef LEVEL
-            means[i] = is_coarse[i] > 0 ? likeliest : means[i];
-            variances[i] = is_coarse[i] > 0 ? 0 : variances[i];
-        }
+#define PROBABILITY(k) p##k
+#define FIRST_MOMENT(k) k * p##k
+#define SECOND_MOMENT(k) p##k * ((k - mean) * (k - mean))
+        const float inverse = 1 / SUM_OF_LEVELS(PROBABILITY), mean = SUM_OF_LEVELS(FIRST_MOMENT) * inverse;
+        means[i] = mean;
+        variances[i] = SUM_OF_LEVELS(SECOND_MOMENT) * inverse;
+#undef PROBABILITY
+#undef FIRST_MOMENT
+#undef SECOND_MOMENT
+        certainties[i] = is_coarse[i] > 0 ? largest_of(levels, i) * inverse : 1;
+    }
+    for (int i = 0; belief->keeps_mode && i < GROUP; ++i) {
+        means[i] = is_coarse[i] > 0 ? likeliest[i] : means[i];
+        variances[i] = is_coarse[i] > 0 ? 0 : variances[i];
+    }
     return 1;
 }
 
@@ -163,15 +166,16 @@ static inline int moments(const struct belief *belief, int layers, int count, co
     return 1;
 }
 
-/* Of hidden values x [count] the derivative of Mish: f + 4 x e (1 + e) / (n + 2)^2, with e, n and f = n / (n + 2). */
-static inline void mish_slope(int count, const float *restrict values, float *restrict slopes)
+/* `mish`, and its derivative f + 4 x e (1 + e) / (n + 2)^2, with f = n / (n + 2). */
+static inline void mish_with_slopes(int count, float *restrict values, float *restrict slopes)
 {
     _Alignas(64) float limited[STEPS * WIDE(H)];
     for (int i = 0; i < count; ++i)
         limited[i] = clamped(values[i], -86, 20);
     for (int i = 0; i < count; ++i) {
-        const float e = exponential(limited[i]), n = e * (e + 2), inverse = 1 / (n + 2);
-        slopes[i] = n * inverse + 4 * limited[i] * (e * inverse) * ((1 + e) * inverse);
+        const float e = exponential(limited[i]), n = e * (e + 2), inverse = 1 / (n + 2), f = n * inverse;
+        slopes[i] = f + 4 * limited[i] * (e * inverse) * ((1 + e) * inverse);
+        values[i] *= f;
     }
 }
 
@@ -181,10 +185,13 @@ static inline void to_deviations(const struct belief_decoder decoder, const floa
 {
     static const _Alignas(64) float none[L * PADDED(D)] = {0};
     const int inputs = decoder.inputs;
+    /* Of every eighth input one sum, as in `linear_to_few`. */
+    _Alignas(64) float sums[A * STEPS * 8], sums_of_4[A * STEPS * 4], sums_of_2[A * STEPS * 2], variances[A * STEPS];
+    for (int i = 0; i < A * STEPS * 8; ++i)
+        sums[i] = 0;
     for (int a = 0; a < A; ++a) {
         _Alignas(64) float by_unit[STEPS * WIDE(H)], by_latent[STEPS * PADDED(D)], by_token[STEPS * L * PADDED(D)];
-        _Alignas(64) float sums[STEPS * 8] = {0}, sums_of_4[STEPS * 4], sums_of_2[STEPS * 2], variance[STEPS];
-        const float *slope = by_latent;
+        float *slope = by_latent;
         for (int s = 0; s < STEPS; ++s)
             for (int h = 0; h < WIDE(H); ++h)
                 by_unit[s * WIDE(H) + h] = decoder.decoder.second_weight[a * WIDE(H) + h] * slopes[s * WIDE(H) + h];
@@ -193,18 +200,19 @@ static inline void to_deviations(const struct belief_decoder decoder, const floa
             linear(D, PADDED(D), inputs, decoder.by_token, none, by_latent, by_token);
             slope = by_token;
         }
-        for (int s = 0; s < STEPS; ++s)
-            for (int i = 0; i < inputs; i += 8)
-                for (int lane = 0; lane < 8; ++lane) {
-                    const float x = slope[s * inputs + i + lane];
-                    sums[s * 8 + lane] += x * x * spread[s * inputs + i + lane];
-                }
-        add_halves(STEPS, 4, sums, sums_of_4);
-        add_halves(STEPS, 2, sums_of_4, sums_of_2);
-        add_halves(STEPS, 1, sums_of_2, variance);
-        for (int s = 0; s < STEPS; ++s)
-            deviations[s * A + a] = sqrtf(variance[s]);
+        for (int i = 0; i < STEPS * inputs; ++i)
+            slope[i] *= slope[i] * spread[i];
+        for (int first = 0; first < inputs; first += 8)
+            for (int s = 0; s < STEPS; ++s)
+                for (int lane = 0; lane < 8; ++lane)
+                    sums[(a * STEPS + s) * 8 + lane] += slope[s * inputs + first + lane];
     }
+    add_halves(A * STEPS, 4, sums, sums_of_4);
+    add_halves(A * STEPS, 2, sums_of_4, sums_of_2);
+    add_halves(A * STEPS, 1, sums_of_2, variances);
+    for (int s = 0; s < STEPS; ++s)
+        for (int a = 0; a < A; ++a)
+            deviations[s * A + a] = sqrtf(variances[a * STEPS + s]);
 }
 
 /* Whether all means are whole numbers: then tokens [count] are these levels. */
@@ -231,7 +239,7 @@ static inline int believe_block(const struct belief_decoder decoder, const struc
     enum { MOST = STEPS * D * L + GROUP };
     const int layers = decoder.decoder.layers, tokens = steps * D * layers;
     _Alignas(64) float means[MOST], variances[MOST], of_tokens[MOST];
-    _Alignas(64) float latents[STEPS * PADDED(D)], hidden[STEPS * WIDE(H)];
+    _Alignas(64) float latents[STEPS * PADDED(D)], hidden[STEPS * WIDE(H)], slopes[STEPS * WIDE(H)];
     if (!moments(belief, layers, tokens, given, means, variances, of_tokens))
         return 0;
     for (int i = tokens; i < STEPS * D * layers; ++i)
@@ -245,9 +253,9 @@ static inline int believe_block(const struct belief_decoder decoder, const struc
     }
     decoder.to_latents(means, latents);
     linear(D, PADDED(D), WIDE(H), decoder.decoder.hidden_weight, decoder.decoder.hidden_bias, latents, hidden);
+    mish_with_slopes(STEPS * WIDE(H), hidden, slopes);
     if (deviations != NULL) {
-        _Alignas(64) float slopes[STEPS * WIDE(H)], spread[STEPS * L * PADDED(D)];
-        mish_slope(STEPS * WIDE(H), hidden, slopes);
+        _Alignas(64) float spread[STEPS * L * PADDED(D)];
         decoder.to_spread(variances, spread);
         to_deviations(decoder, slopes, spread, deviations);
     }

@@ -7,10 +7,11 @@ enum { ALL_CLASSES = CLASSES + 1, FIRST_BITS = TOKEN_BITS - CLASS_BITS, WORDS = 
 
 /*
  * What is believed of a chunk. weights: of each class, up to a factor, 0 where it cannot be. Probabilities that a bit is
- * 1: `first` of those in the first token, given the class, and `rest` of those behind.
+ * 1: `first` of those in the first token, given the class, and `rest` of those behind. There is room for a block of
+ * escape more, which compilers would warn of.
  */
 struct belief {
-    double weights[ALL_CLASSES], first[ALL_CLASSES][FIRST_BITS + 1], rest[CODE_BITS];
+    double weights[ALL_CLASSES], first[ALL_CLASSES][FIRST_BITS + 1], rest[CODE_BITS + BLOCK_BITS];
 };
 
 /* What is given of chunks: distributions of words, or of classes, and bits. */
@@ -28,15 +29,15 @@ struct reading {
 static inline double sum_of(int count, const float *restrict x)
 {
     _Alignas(64) double sums[LANES] = {0};
-    double sum;
-    int i = 0;
-    for (; i + LANES <= count; i += LANES)
+    double sum, rest = 0;
+    const int whole = count / LANES * LANES;
+    for (int i = 0; i < whole; i += LANES)
         for (int lane = 0; lane < LANES; ++lane)
             sums[lane] += x[i + lane];
-    for (; i < count; ++i)
-        sums[i % LANES] += x[i];
+    for (int i = whole; i < count; ++i)
+        rest += x[i];
     sum_lanes(1, sums, &sum);
-    return sum;
+    return sum + rest;
 }
 
 /* The other way round, too: a whole number that is in the order of floats, and the float of such a number. */

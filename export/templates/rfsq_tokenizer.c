@@ -339,10 +339,9 @@ static inline int are_legal_stats(size_t count, const float *restrict stats)
     return !illegal;
 }
 
-/* hidden: [STEPS][WIDE(H)], written over. */
-static inline void to_actions(const struct decoder decoder, float *restrict hidden, float *restrict actions)
+/* hidden: [STEPS][WIDE(H)], after Mish. */
+static inline void to_actions(const struct decoder decoder, const float *restrict hidden, float *restrict actions)
 {
-    mish(STEPS * WIDE(H), hidden);
     linear_to_few(H, A, decoder.second_weight, decoder.second_bias, hidden, actions);
 #if HAS_OFFSET
     /* Behind all sums: one rounding of a number as large as the action. */
@@ -357,6 +356,7 @@ static inline void decode_block(const struct decoder decoder, const int32_t *res
     _Alignas(64) float latents[STEPS * PADDED(D)], hidden[STEPS * WIDE(H)];
     decoder.to_latents(tokens, stats, latents);
     linear(D, PADDED(D), WIDE(H), decoder.hidden_weight, decoder.hidden_bias, latents, hidden);
+    mish(STEPS * WIDE(H), hidden);
     to_actions(decoder, hidden, actions);
 }
 

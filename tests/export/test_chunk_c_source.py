@@ -329,6 +329,7 @@ def test_the_header_says_what_the_code_is(tmp_path: Path) -> None:
         "ACTION_DIM": "2",
         "NUM_TOKENS": "9",
         "VOCABULARY": "64",
+        "NUM_CLASSES": "5",
         "ACTION_LIMIT": "0x1.0000000000000p+126f",
         "CHECKED_STEPS": str(CHECKED_STEPS),
     }
