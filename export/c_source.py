@@ -164,7 +164,7 @@ def _decoder_function(plan: DecoderPlan) -> str:
     check = "    if (stats == NULL)\n        return RFSQ_ILLEGAL_VALUE;\n" if plan.has_stats else ""
     return f"""\
 {_to_latents(plan)}
-static ONE_COPY int {name}_decode_some(const int32_t *tokens, const float *stats, size_t until_end, float *actions)
+ONE_COPY static int {name}_decode_some(const int32_t *tokens, const float *stats, size_t until_end, float *actions)
 {{
     return decode_checked({_decoder(plan)}, tokens, stats, until_end, actions);
 }}

@@ -1,5 +1,9 @@
 /* --- beliefs ----------------------------------------------------------------------------------------------------- */
 
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
 /* @EXPONENTS@ */
 
 /* So many tokens are computed with at once, one in each lane. */
@@ -183,7 +187,7 @@ static inline void mish_with_slopes(int count, float *restrict values, float *re
 static inline void to_deviations(const struct belief_decoder decoder, const float *restrict slopes,
                                  const float *restrict spread, float *restrict deviations)
 {
-    static const _Alignas(64) float none[L * PADDED(D)] = {0};
+    static _Alignas(64) const float none[L * PADDED(D)] = {0};
     const int inputs = decoder.inputs;
     /* Of every eighth input one sum, as in `linear_to_few`. */
     _Alignas(64) float sums[A * STEPS * 8], sums_of_4[A * STEPS * 4], sums_of_2[A * STEPS * 2], variances[A * STEPS];

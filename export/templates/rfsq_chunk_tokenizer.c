@@ -421,7 +421,7 @@ static inline int class_of(const int32_t *first_token)
     return (int)(word >> (TOKEN_BITS - CLASS_BITS) & ((1u << CLASS_BITS) - 1));
 }
 
-static ONE_COPY void decode_chunk(int num_tokens, const int32_t *restrict tokens, float *restrict actions)
+ONE_COPY static void decode_chunk(int num_tokens, const int32_t *restrict tokens, float *restrict actions)
 {
     _Alignas(64) float x[ROWS];
     const int class = class_of(tokens);

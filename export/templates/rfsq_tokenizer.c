@@ -2,9 +2,6 @@
 
 #include <math.h>
 #include <string.h>
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
 
 /*
  * STEPS steps are computed at once, features side by side: [STEPS][features] everywhere. The features of a layer are the

@@ -346,7 +346,10 @@ def test_the_text_holds_nothing_that_is_not_the_model(mode: DeployMode) -> None:
         assert text.isascii()
         assert "@" not in re.sub(r"@(file|brief|param|return)", "", text)
         assert str(ROOT) not in text
-    assert set(re.findall(r"#include (\S+)", generated.source)) == {'"rfsq_tokenizer.h"', "<math.h>", "<string.h>"}
+    included = set(re.findall(r"#include (\S+)", generated.source))
+    # The last one where the processor has what it is for.
+    beliefs = set() if mode.has_stats else {"<immintrin.h>"}
+    assert included == {'"rfsq_tokenizer.h"', "<math.h>", "<string.h>"} | beliefs
     assert set(re.findall(r"#include (\S+)", generated.header)) == {"<stddef.h>", "<stdint.h>"}
     assert f'#define RFSQ_FINGERPRINT "{fingerprint_of(Recipe(mode))}"' in generated.header
     assert not re.search(r"\b(malloc|calloc|alloca|printf|fopen|double)\b", generated.source)
@@ -416,6 +419,11 @@ def test_every_number_is_the_plans_own_to_the_last_bit(recipe: Recipe) -> None:
         # Its inputs are the lanes.
         assert is_padded(found.pop(f"{name}_SECOND_WEIGHT"), decoder.second.weight, 16), name
         np.testing.assert_array_equal(found.pop(f"{name}_SECOND_BIAS"), decoder.second.bias)
+        if decoder.latents is not None:
+            # The same once more, for how much each latent moves a hidden unit, and each token a latent.
+            assert is_padded(found.pop(f"{name}_HIDDEN_BY_UNIT"), decoder.hidden.weight), name
+            if decoder.own_tokens is None:
+                assert is_padded(found.pop(f"{name}_LATENTS_BY_TOKEN"), decoder.latents.weight), name
     for name, layer in expected.items():
         assert is_padded(found.pop(f"{name}_WEIGHT"), layer.weight.T), name
         assert is_padded(found.pop(f"{name}_BIAS"), layer.bias), name

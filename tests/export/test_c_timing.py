@@ -98,7 +98,7 @@ def test_a_prefix_can_be_timed_within_its_arrays(mode: DeployMode, tmp_path: Pat
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed: apt-get install gcc")
 def test_a_wrong_command_line_shows_the_right_one(tmp_path: Path) -> None:
     code = write_code(tmp_path, deploy(recipe_of(DeployMode.CALIBRATED)))
-    program = build(code, DeployMode.CALIBRATED, "gcc", ["-O0"])
+    program = build(code, DeployMode.CALIBRATED, "gcc", ["-O1"])
     for arguments in (["0"], ["-8"], ["many"], ["8x"], ["9" * 30], ["1000000001"], ["8", "8"]):
         done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"usage: {program} [STEPS]\n")
