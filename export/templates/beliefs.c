@@ -175,7 +175,9 @@ static inline void mish_with_slopes(int count, float *restrict values, float *re
 {
     _Alignas(64) float limited[STEPS * WIDE(H)];
     for (int i = 0; i < count; ++i)
-        limited[i] = clamped(values[i], -86, 20);
+        values[i] = values[i] > -86.0f ? values[i] : -86.0f;
+    for (int i = 0; i < count; ++i)
+        limited[i] = values[i] < 20.0f ? values[i] : 20.0f;
     for (int i = 0; i < count; ++i) {
         const float e = exponential(limited[i]), n = e * (e + 2), inverse = 1 / (n + 2), f = n * inverse;
         slopes[i] = f + 4 * limited[i] * (e * inverse) * ((1 + e) * inverse);
@@ -219,17 +221,30 @@ static inline void to_deviations(const struct belief_decoder decoder, const floa
             deviations[s * A + a] = sqrtf(variances[a * STEPS + s]);
 }
 
-/* Whether all means are whole numbers: then tokens [count] are these levels. */
-static inline int are_levels(int count, const float *restrict means, int32_t *restrict tokens)
+/*
+ * Actions of the steps of which every mean is a whole number, as tokens of these levels have them: to the bit, whatever
+ * compilers make of sums of other numbers. A step depends on no other of its block.
+ */
+static inline void decode_certain(const struct belief_decoder decoder, int steps, const float *restrict means,
+                                  float *restrict actions)
 {
-    int broken = 0;
-    for (int i = 0; i < count; ++i)
-        broken |= (means[i] + 0x1.8p+23f) - 0x1.8p+23f != means[i];
-    if (broken)
-        return 0;
-    for (int i = 0; i < count; ++i)
-        tokens[i] = (int32_t)means[i];
-    return 1;
+    const int tokens = D * decoder.decoder.layers;
+    int32_t levels[STEPS * D * L], broken[STEPS];
+    float decoded[STEPS * A];
+    int certain = 0;
+    for (int s = 0; s < steps; ++s) {
+        broken[s] = 0;
+        for (int i = s * tokens; i < (s + 1) * tokens; ++i)
+            broken[s] |= (means[i] + 0x1.8p+23f) - 0x1.8p+23f != means[i];
+        for (int i = s * tokens; i < (s + 1) * tokens; ++i)
+            levels[i] = broken[s] ? 0 : (int32_t)means[i];
+        certain |= !broken[s];
+    }
+    if (!certain || decoder.decode_some(levels, NULL, (size_t)steps, decoded) != RFSQ_OK)
+        return;
+    for (int s = 0; s < steps; ++s)
+        for (int a = 0; a < A; ++a)
+            actions[s * A + a] = broken[s] ? actions[s * A + a] : decoded[s * A + a];
 }
 
 /*
@@ -263,11 +278,8 @@ static inline int believe_block(const struct belief_decoder decoder, const struc
         decoder.to_spread(variances, spread);
         to_deviations(decoder, slopes, spread, deviations);
     }
-    /* What is certain decodes to the same bits as its tokens do, whatever compilers make of the sums here. */
-    int32_t levels[STEPS * D * L];
-    if (are_levels(tokens, means, levels))
-        return decoder.decode_some(levels, NULL, (size_t)steps, actions) == RFSQ_OK;
     to_actions(decoder.decoder, hidden, actions);
+    decode_certain(decoder, steps, means, actions);
     return 1;
 }
 

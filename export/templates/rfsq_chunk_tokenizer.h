@@ -4,10 +4,12 @@
  *
  * Plain C11 without allocation or global state: every function may be called from any thread, a real-time one too.
  * No array may overlap another of the same call; none needs more alignment than its type.
- * They take at most 64 KiB of stack for the largest sizes, and 8 KiB for chunks of 8 steps of 7 dimensions.
+ * Of tokens they take at most 64 KiB of stack for the largest sizes, and 8 KiB for chunks of 8 steps of 7 dimensions; of
+ * beliefs 320 KiB and 16 KiB.
  *
  * Every function returns RFSQ_OK, or RFSQ_ILLEGAL_VALUE where a value is not legal: a token outside the vocabulary, a
- * number of tokens that no chunk has, an action that is not finite or beyond RFSQ_ACTION_LIMIT. A call of at most
+ * number of tokens that no chunk has, an action that is not finite or beyond RFSQ_ACTION_LIMIT, probabilities that are
+ * none or do not sum to 1 within 1e-3, logits that are not a number, infinite above, or all -inf. A call of at most
  * RFSQ_CHECKED_STEPS steps then writes nothing; a longer one may have written whole chunks before it.
  */
 #ifndef RFSQ_TOKENIZER_H

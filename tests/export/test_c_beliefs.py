@@ -132,6 +132,18 @@ def test_every_target_gives_the_references_answers(compiler: str, target: str, l
     check_certain(library, 50)
 
 
+@pytest.mark.parametrize("gain", [-1e18, -100.0, 100.0, 1e18])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_sum_is_too_large_for_mish_and_its_slope(
+    gain: float, mode: DeployMode, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    deployed = deploy(Recipe(mode))
+    deployed.reference.decoder[0].weight.abs_().mul_(gain)
+    deployed.reference.decoder[2].weight.div_(abs(gain))
+    deployed.exported = deployed.reference
+    check_all(Library(tmp_path_factory.mktemp("model"), deployed, flags=NATIVE), 50, 2.0)
+
+
 # --- what is certain --------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +168,18 @@ def test_certain_tokens_give_the_bits_of_decode(
     check_certain(library_of(default_sizes(mode), flags), 100)
     # Chunks that blocks of eight steps cut.
     check_certain(library_of(Recipe(mode, chunk_length=3), flags), 50)
+
+
+@pytest.mark.parametrize("chunk_length", [3, 8])
+def test_also_beside_what_is_not_certain(chunk_length: int, library_of: LibraryOf) -> None:
+    library = library_of(Recipe(chunk_length=chunk_length), NATIVE)
+    tokens = random_tokens(library.recipe, 40, 3)
+    logits = random_logits(library.recipe, 40, 3, 2)
+    logits[::2] = one_hot(tokens[::2], 5, is_logits=True)
+    _, actions, deviations, _ = library.believe(logits, is_logits=True)
+    np.testing.assert_array_equal(actions[::2], library.decode(tokens)[1][::2])
+    assert (deviations[::2] == 0).all()
+    assert (deviations[1::2] > 0).all()
 
 
 @pytest.mark.parametrize("is_logits", [False, True])
