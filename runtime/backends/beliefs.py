@@ -26,7 +26,8 @@ class BeliefCall:
 class DecodesBeliefs(Protocol):
     """A backend that decodes probabilities; beside `Backend`, whose promises on threads, signals and fork hold here."""
 
-    def decode_belief_into(
+    # Two inputs, three outputs, and how.
+    def decode_belief_into(  # noqa: PLR0913
         self,
         given: tuple[Float32Array, ...],
         sharpness: Float32Array,
