@@ -152,9 +152,9 @@ class BeliefDecoder:
     """
 
     def __init__(self, model: ModelEntry, backend: Backend, decode: Callable[[Int32Array], Float32Array]) -> None:
-        self._model, self._decode, self._backend = model, decode, belief_backend(backend)
-        self._coarse = coarse_layers(model)
+        self._model, self._decode, self._coarse = model, decode, coarse_layers(model)
         self._validator, self._outputs = BeliefValidator(model), InputValidator(model)
+        self._backend = belief_backend(backend)
         self._unchecked_chunks = backend.checked_steps // model.chunk_length
         self._held: _HeldCall | None = None
 

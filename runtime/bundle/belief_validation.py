@@ -21,9 +21,16 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 class BeliefValidator:
-    """Validates what is to be decoded as beliefs of one model."""
+    """Validates what is to be decoded as beliefs of one model. Raises InvalidInputError where its tokens do not decode
+    alone."""
 
     def __init__(self, model: ModelEntry) -> None:
+        if model.has_stats:
+            raise InvalidInputError(
+                f"tokens of a {model.mode!r} bundle need the mean and sigma of every layer, which no policy predicts, "
+                "so their probabilities cannot be decoded; build the bundle with `--conditioning calibrated` or "
+                "`--conditioning recovered`"
+            )
         self._model = model
 
     def given(self, value: object, *, is_logits: bool, unchecked: int = 0) -> Given:
@@ -33,12 +40,6 @@ class BeliefValidator:
         unchecked: up to so many chunks the backend checks the values. Raises InvalidInputError, UnbuiltPrefixError.
         """
         model, name = self._model, "logits" if is_logits else "probabilities"
-        if model.has_stats:
-            raise InvalidInputError(
-                f"tokens of a {model.mode!r} bundle need the mean and sigma of every layer, which no policy predicts, "
-                "so their probabilities cannot be decoded; build the bundle with `--conditioning calibrated` or "
-                "`--conditioning recovered`"
-            )
         if isinstance(model, ChunkModel) and isinstance(value, tuple):
             given = self._pair(value)
         else:

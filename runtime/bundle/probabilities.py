@@ -12,12 +12,20 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import AnyArray, Float32Array, Float64Array, Int32Array
-from .models import ChunkModel
+from .models import ChunkModel, ModelEntry
 
 #: The logit of what is certain.
 _LARGEST_LOGIT = 1e30
 #: Distributions: of per-step tokens [B, T, D, l, K] or chunk tokens [B, l, V] alone, or of classes and bits.
 Given = tuple[Float32Array, ...]
+
+
+def num_tokens(given: Given, model: ModelEntry) -> int:
+    """l: of how many layers, or chunk tokens, these are."""
+    if len(given) == 1:
+        return int(given[0].shape[-2])
+    assert isinstance(model, ChunkModel)  # others have no pairs
+    return int(model.class_bits + given[1].shape[1]) // model.token_bits
 
 
 def softmax(logits: Float32Array, sharpness: npt.ArrayLike) -> Float64Array:
