@@ -1,14 +1,22 @@
 """ONNX graphs that decode probabilities of per-step tokens. Definition: `rfsq_ref/beliefs.py`."""
 
 import numpy as np
+import numpy.typing as npt
 from onnx import TensorProto
 
 from rfsq.export.graph_builder import LinearForm, batched
 from rfsq.export.graphs import LayerBuilder, largest_sum
 from rfsq.export.plan import DecoderPlan
 
-#: Beyond it the derivative of Mish is 1 in float32.
+#: Beyond it the derivative of Mish is 1.
 _STRAIGHT = 20.0
+
+
+class _DoubleBuilder(LayerBuilder):
+    """All in double, as the processor has it: weights may be large, and a mean is no whole number as a token is."""
+
+    def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
+        return super().constant(name, value.astype(np.float64) if value.dtype == np.float32 else value)
 
 
 def belief_graph(plan: DecoderPlan) -> bytes:
@@ -17,15 +25,17 @@ def belief_graph(plan: DecoderPlan) -> bytes:
     Distributions are divided by their sum. The mean of the tokens is decoded as tokens are. The variance of what is
     decoded is that of the tokens through the derivative there, as if all behind the mean were straight.
     """
-    build = LayerBuilder(LinearForm.GEMM)
+    build = _DoubleBuilder(LinearForm.GEMM)
     mean, variance = _moments(build, plan)
     inner = build.linear(mean, plan.first, "inner")
     outer = build.linear(build.mish(inner, "hidden", largest=largest_sum(plan)), plan.second, "outer")
     if plan.offset.any():
         outer = build.apply("Add", [outer, build.constant("offset", plan.offset)], "outer.with_offset")
     shape = (-1, plan.chunk_length, plan.action_dim)
-    build.reshape(outer, shape, "actions")
-    build.reshape(build.apply("Sqrt", [_spread(build, plan, inner, variance)], "std.flat"), shape, "std")
+    deviation = build.apply("Sqrt", [_spread(build, plan, inner, variance)], "deviation")
+    for value, output in ((outer, "actions"), (deviation, "std")):
+        rounded = build.apply("Cast", [value], f"{output}.flat", to=TensorProto.FLOAT)
+        build.reshape(rounded, shape, output)
     sizes = plan.chunk_length, plan.latent_dim, plan.prefix, plan.num_levels
     outputs = [batched(name, TensorProto.FLOAT, *shape[1:]) for name in ("actions", "std")]
     return build.model("belief", [batched("probabilities", TensorProto.FLOAT, *sizes)], outputs)
@@ -33,7 +43,8 @@ def belief_graph(plan: DecoderPlan) -> bytes:
 
 def _moments(build: LayerBuilder, plan: DecoderPlan) -> tuple[str, str]:
     """Mean and variance of the tokens, [N, D * l]."""
-    flat = build.reshape("probabilities", (-1, plan.latent_dim * plan.prefix, plan.num_levels), "flat")
+    precise = build.apply("Cast", ["probabilities"], "precise", to=TensorProto.DOUBLE)
+    flat = build.reshape(precise, (-1, plan.latent_dim * plan.prefix, plan.num_levels), "flat")
     levels = build.constant("levels", np.arange(plan.num_levels, dtype=np.float32))
     axis = build.constant("level_axis", np.array([2], np.int64))
 
