@@ -11,7 +11,7 @@ import numpy as np
 
 from .backends.contract import MOST_CHUNKS, Backend, BoundCall, GpuArrayLike
 from .backends.registry import GPU_BACKENDS, select_backend
-from .beliefs import DecodesProbabilities
+from .belief_methods import DecodesProbabilities
 from .bundle.arrays import Codes, Float32Array, Int32Array
 from .bundle.errors import CannotCopyError, IllegalValueError, InvalidInputError, TokenizerError
 from .bundle.fidelity import Grade

@@ -64,6 +64,7 @@ class Recipe:
     knows_actions: whether the decoder's last layer is fitted, so that decoded actions resemble those that were encoded:
     what a model with random weights alone gives is worthless.
     error: what the manifest says of every action, in units of the normaliser; None where it says nothing.
+    has_beliefs: False for a bundle as it was built before beliefs were decoded.
     c_targets: what the generated C is compiled for; empty for the source alone, None for no C at all.
     compute_capability: of the GPU that the generated CUDA is compiled for; None for no CUDA at all.
     """
@@ -78,6 +79,7 @@ class Recipe:
     has_engine: bool = True
     knows_actions: bool = False
     error: float | None = None
+    has_beliefs: bool = True
     c_targets: tuple[str, ...] | None = None
     compute_capability: str | None = None
     seed: int = 0
@@ -186,7 +188,7 @@ def export_graphs(deployed: Deployed) -> dict[str, bytes]:
         for prefix in deployed.prefixes:
             decoder = plan_decoder(model, recipe.mode, recipe.chunk_length, prefix)
             graphs[graph_file(_decoder_file(deployed, prefix), form)] = decoder_graph(decoder, form)
-            if not decoder.has_stats:
+            if _has_beliefs(recipe):
                 graphs[_belief_file(deployed, prefix)] = belief_graph(decoder)
     return graphs
 
@@ -232,6 +234,8 @@ def golden_vectors(deployed: Deployed) -> Golden:
         near_tie_cap=min(int((margins <= bounds).sum()), most_flips),
         flip_tolerance=float(2 * coding_error.max() + 1e-5),
     )
+    if not _has_beliefs(recipe):
+        return golden
     return replace(golden, beliefs=belief_vectors(model, model_entry(deployed), golden.tokens))
 
 
@@ -284,7 +288,7 @@ def make_manifest(deployed: Deployed) -> Manifest:
         for form in LinearForm
         for file, role, prefix in named
     ]
-    if not entry.has_stats:
+    if _has_beliefs(recipe):
         graphs += [
             GraphEntry(
                 _belief_file(deployed, prefix), "belief", prefix, "gemm", *graph_tensors(entry, "belief", prefix)
@@ -402,6 +406,15 @@ def bundle_files(folder: Path) -> list[str]:
 
 def _decoder_file(deployed: Deployed, prefix: int) -> str:
     return "decoder.onnx" if prefix == deployed.recipe.config.num_layers else f"decoder_l{prefix}.onnx"
+
+
+def without_beliefs(manifest: Manifest) -> Manifest:
+    """As it would be without graphs that decode them."""
+    return replace(manifest, graphs=tuple(entry for entry in manifest.graphs if entry.role != "belief"))
+
+
+def _has_beliefs(recipe: Recipe) -> bool:
+    return recipe.has_beliefs and not recipe.mode.has_stats
 
 
 def _belief_file(deployed: Deployed, prefix: int) -> str:

@@ -117,7 +117,8 @@ def chunk_probabilities(
     share = np.full_like(by_class, 1 / by_class.shape[2])
     np.divide(by_class, classes[..., None], out=share, where=classes[..., None] > 0)
     first = _zeros_and_ones(share, digits[: share.shape[2], model.class_bits :])
-    rest = _zeros_and_ones(words[:, 1:], digits).swapaxes(1, 2).reshape(len(words), 2, -1)
+    behind = words.shape[1] - 1
+    rest = _zeros_and_ones(words[:, 1:], digits).swapaxes(1, 2).reshape(len(words), 2, behind * model.token_bits)
     return ChunkProbabilities(classes, first, rest)
 
 
@@ -140,7 +141,8 @@ def _of_pair(given: Given, sharpness: Float32Array, model: ChunkModel, *, is_log
 def tokens_of(classes: AnyArray, bits: AnyArray, model: ChunkModel) -> Int32Array:
     """Classes [B] and the code bits [B, n] of l whole tokens to these, int32 [B, l]."""
     number = classes[:, None] >> np.arange(model.class_bits - 1, -1, -1) & 1
-    whole = np.concatenate((number, bits), axis=1).reshape(len(bits), -1, model.token_bits)
+    whole = np.concatenate((number, bits), axis=1)
+    whole = whole.reshape(len(bits), whole.shape[1] // model.token_bits, model.token_bits)
     places = np.arange(model.token_bits - 1, -1, -1, dtype=np.int32)
     tokens: Int32Array = (whole.astype(np.int32) << places).sum(-1, dtype=np.int32)
     return tokens
@@ -155,7 +157,8 @@ def class_of_tokens(tokens: Int32Array, model: ChunkModel) -> Int32Array:
 
 def _by_class(words: Float64Array, model: ChunkModel) -> Float64Array:
     """The first token's distribution [B, V] as [B, C, words of a class]: numbers behind the last class mean it."""
-    by_number = words.reshape(len(words), 1 << model.class_bits, -1)
+    numbers = 1 << model.class_bits
+    by_number = words.reshape(len(words), numbers, model.vocabulary // numbers)
     escape = model.num_classes - 1
     return np.concatenate((by_number[:, :escape], by_number[:, escape:].sum(axis=1, keepdims=True)), axis=1)
 
