@@ -33,7 +33,7 @@ SLOW = frozenset(
         "calibration/test_study.py", "evidence/test_cells.py", "evidence/test_comparison.py",
         "evidence/test_findings.py", "evidence/test_page.py", "evidence/test_peers.py", "evidence/test_report.py",
         "evidence/test_residual_peers.py", "evidence/test_rollouts.py", "evidence/test_schemes.py",
-        "examples/test_control_loop.py", "export/test_build_engine.py", "export/test_bundle_writer.py",
+        "examples/test_control_loop.py", "export/test_belief_graphs.py", "export/test_build_engine.py", "export/test_bundle_writer.py",
         "export/test_c_builder.py", "export/test_c_compilers.py", "export/test_c_source.py",
         "export/test_c_timing.py", "export/test_chunk_c_source.py", "export/test_cuda_on_cpu.py",
         "export/test_example.py", "export/test_far_from_zero.py", "export/test_golden_inputs.py",
