@@ -18,7 +18,7 @@ from ..bundle.probabilities import Given, class_of_tokens, distributions, num_to
 from .beliefs import BeliefCall, DecodesBeliefs, belief_backend, coarse_layers
 
 #: Numbers that a distribution over the words of tokens may have to be tried, where classes and bits are given.
-_MOST_WORDS = 2**17
+_MOST_WORDS = 2**14
 _LIMITS = dict(
     zip(
         BELIEF_GATES,
@@ -41,9 +41,10 @@ def judge_beliefs(beliefs: GoldenBeliefs, model: ModelEntry, backend: Any, batch
                 where = f"{case.prefix} {model.depth_unit}, {'likeliest mode' if case.keeps_mode else 'expected'}"
                 if not value <= worst[gate].value:
                     worst[gate] = replace(worst[gate], value=value, detail=where)
-            tokens = _likeliest(case.given, model)
-            differences = run.certain_differences(tokens, backend)
-            gate = BELIEF_GATES[3]
+            if case.keeps_mode:
+                continue
+            # Once for each prefix.
+            gate, differences = BELIEF_GATES[3], run.certain_differences(_likeliest(case.given, model), backend)
             if differences > worst[gate].value:
                 worst[gate] = replace(worst[gate], value=differences, detail=f"{case.prefix} {model.depth_unit}")
     except TokenizerError as error:

@@ -65,8 +65,9 @@ class GraphBeliefs:
         for start in range(0, batch, size):
             rows = slice(start, start + size)
             made = graph_inputs(self._model, tuple(array[rows] for array in given), sharpness, call)
-            second = made.arrays[1] if len(made.arrays) == 2 else None
-            graph.run(made.arrays[0], second, actions[rows], std[rows])
+            if not made.certain.all():
+                second = made.arrays[1] if len(made.arrays) == 2 else None
+                graph.run(made.arrays[0], second, actions[rows], std[rows])
             mode_probability[rows], tokens[rows], certain[rows] = made.mode_probability, made.tokens, made.certain
         if certain.any():
             # All of them, since a library may sum in another order for another number of chunks.
