@@ -206,7 +206,7 @@ class BeliefDecoder:
 
 
 def _paired(given: tuple[Any, ...], outputs: Outputs) -> list[tuple[Any, Any]]:
-    """Pairs of an input and an output that is wanted, until each was in one."""
-    wanted = [out for out in outputs if out is not None]
+    """Pairs of an input and an output that is wanted, until each was in one. Actions always are."""
+    wanted = [outputs[0], *(out for out in outputs[1:] if out is not None)]
     count = max(len(given), len(wanted))
     return [(given[min(place, len(given) - 1)], wanted[min(place, len(wanted) - 1)]) for place in range(count)]

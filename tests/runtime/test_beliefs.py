@@ -356,6 +356,9 @@ def test_arrays_that_have_changed_their_form_are_looked_at_again(steps: Case) ->
     with pytest.raises(InvalidInputError, match="out is not writable"):
         tokenizer.decode_logits_into(logits, out, std, probability)
     out.flags.writeable = True
+    tokenizer.decode_logits_into(logits, out)
+    with pytest.raises(InvalidInputError, match="out is a builtins"):
+        tokenizer.decode_logits_into(logits, None)
     # Another question about the same arrays is another call.
     tokenizer.decode_logits_into(logits, out, std, probability, mode="likeliest mode")
     np.testing.assert_array_equal(out, steps.tokenizer.decode_logits(logits, mode="likeliest mode").actions)
