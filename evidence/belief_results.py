@@ -12,8 +12,8 @@ _NONE = "–"
 
 @dataclass(frozen=True)
 class BeliefReport:
-    """name: of the tokens; policy: how they are said; mse: of the judged chunks, in normalised units², by how the
-    policy's probabilities were decoded."""
+    """name: of the tokens; policy: how they are said; tokens: how many, 0 where it says actions; mse: of the judged
+    chunks, in normalised units², by how the policy's probabilities were decoded."""
 
     name: str
     policy: str
@@ -50,7 +50,7 @@ def table(results: BeliefResults) -> Table:
     """A row for each kind of policy, a column for each way of decoding."""
     ways = list(dict.fromkeys(way for report in results.reports for way in report.mse))
     rows = [
-        {"what a policy says": report.name, "how": report.policy, "tokens": str(report.tokens)}
+        {"what a policy says": report.name, "how": report.policy, "tokens": str(report.tokens or _NONE)}
         | {way: number(report.mse[way]) if way in report.mse else _NONE for way in ways}
         for report in results.reports
     ]

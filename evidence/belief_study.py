@@ -55,7 +55,6 @@ from rfsq.evidence.settings import SEEDS
 from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, load_checkpoint
 from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkSizes
-from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, load_demonstrations, split_episodes
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.bundle.command import CommandParser, Outcome, positive, run
@@ -202,11 +201,11 @@ def entries_of(split: EpisodeSplit, recipe: NetworkRecipe) -> list[Entry]:
         sizes = ChunkSizes(split.train.action_dim, CHUNK_LENGTH)
         config = ChunkFitConfig(has_shared_order=is_shared)
         constants = fit_chunk_code(split.train.episodes, split.calibration.episodes, sizes, config)
-        code, model = ChunkCode(sizes, constants).double(), ChunkTokenizer(sizes, constants).double()
+        code = ChunkCode(sizes, constants).double()
         cuts: dict[int, ChunkTokens] = {tokens.cut[0]: tokens for tokens in chunk_tokens(code, order)}
         by_class, small = cuts[sizes.class_bits], cuts[4]
         found += [
-            Entry(by_class.name, "in two passes", by_class, TwoPasses(by_class, model)),
+            Entry(by_class.name, "in two passes", by_class, TwoPasses(by_class)),
             Entry(small.name, "one by one", small, OneByOne(small, shape)),
         ]
     return found

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from rfsq.rfsq_ref.chunk_bits import binary
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.runtime.bundle.beliefs import BeliefMode
 
-LIKELIEST, WITHIN, EXPECTED, DRAWN, TRUE_MODE = (
+LIKELIEST, WITHIN, DRAWN_MODE, EXPECTED, DRAWN, TRUE_MODE = (
     "likeliest tokens",
     "likeliest mode, expected within it",
+    "drawn mode, expected within it",
     "expected",
     "mean of drawn chunks",
     "true mode, expected within it",
@@ -63,41 +65,55 @@ class StepTokens(PolicyTokens):
 
 
 class Believer(ABC):
-    """How a policy is asked, and what its answers decode to, each way by its name."""
+    """How a policy is asked, and what its answers decode to."""
 
     #: Of the tokens said so far, how many the policy is shown.
     shown: int | None
+    ways: tuple[str, ...]
 
     @abstractmethod
+    def ask(self, policy: TokenPolicy, contexts: Tensor) -> tuple[Tensor, ...]:
+        """What the policy answers to contexts [n, C]."""
+
+    @abstractmethod
+    def decode(self, answers: tuple[Tensor, ...], way: str, generator: torch.Generator) -> Tensor:
+        """Actions [n, T, A], one of the `ways`; generator: of what is drawn."""
+
     def decoded(self, policy: TokenPolicy, contexts: Tensor, true: Tensor) -> Mapping[str, Tensor]:
-        """Actions [n, T, A] for contexts [n, C]; true: the tokens [n, L] of the recorded chunks."""
+        """Actions of many contexts, in all ways; true: the tokens [n, L] of the recorded chunks."""
+        del true
+        generator = torch.Generator().manual_seed(0)
+        found: dict[str, list[Tensor]] = {way: [] for way in self.ways}
+        for part in torch.split(contexts, _ASKED):
+            answers = self.ask(policy, part)
+            for way in self.ways:
+                found[way].append(self.decode(answers, way, generator))
+        return {way: torch.cat(parts) for way, parts in found.items()}
 
 
 @dataclass(frozen=True)
 class OnePass(Believer):
-    """All tokens at once, each by itself."""
+    """All tokens at once, each by itself. coarse: layers of per-step tokens that are the mode."""
 
     tokens: PolicyTokens
     coarse: int = 1
     shown = 0
 
-    def decoded(self, policy: TokenPolicy, contexts: Tensor, true: Tensor) -> Mapping[str, Tensor]:
-        del true
-        found: dict[str, list[Tensor]] = {}
-        for part in torch.split(contexts, _ASKED):
-            silence = torch.zeros(len(part), policy.num_tokens - 1, dtype=torch.long, device=part.device)
-            probabilities = policy(part, silence).double().softmax(-1).cpu()
-            found.setdefault(LIKELIEST, []).append(self.tokens.decode(probabilities.argmax(-1)))
-            found.setdefault(EXPECTED, []).append(self._expected(probabilities))
-            if isinstance(self.tokens, StepTokens):
-                within = self.tokens.expected(probabilities, "likeliest mode", self.coarse)
-                found.setdefault(WITHIN, []).append(within)
-        return {name: torch.cat(parts) for name, parts in found.items()}
+    @property
+    def ways(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (LIKELIEST, WITHIN, EXPECTED) if isinstance(self.tokens, StepTokens) else (LIKELIEST, EXPECTED)
 
-    def _expected(self, probabilities: Tensor) -> Tensor:
-        tokens = self.tokens
+    def ask(self, policy: TokenPolicy, contexts: Tensor) -> tuple[Tensor, ...]:
+        silence = torch.zeros(len(contexts), policy.num_tokens - 1, dtype=torch.long, device=contexts.device)
+        return (policy(contexts, silence).double().softmax(-1).cpu(),)
+
+    def decode(self, answers: tuple[Tensor, ...], way: str, generator: torch.Generator) -> Tensor:
+        del generator
+        (probabilities,), tokens = answers, self.tokens
+        if way == LIKELIEST:
+            return tokens.decode(probabilities.argmax(-1))
         if isinstance(tokens, StepTokens):
-            return tokens.expected(probabilities, "expected", self.coarse)
+            return tokens.expected(probabilities, "expected" if way == EXPECTED else "likeliest mode", self.coarse)
         if isinstance(tokens, BinTokens):
             words = torch.arange(tokens.vocabulary).unsqueeze(1).expand(-1, probabilities.shape[1])
             middles = tokens.decode(words).double().flatten(1)
@@ -126,41 +142,49 @@ class TwoPasses(Believer):
     """Chunk tokens whose first is the class: that, then all others at once, for each of the likeliest classes."""
 
     tokens: ChunkTokens
-    model: ChunkTokenizer
     most_classes: int = 16
     shown = 1
+    ways = (LIKELIEST, WITHIN, DRAWN_MODE, EXPECTED)
+
+    @cached_property
+    def model(self) -> ChunkTokenizer:
+        return ChunkTokenizer(self.tokens.code.sizes, self.tokens.code.constants).double()
+
+    def ask(self, policy: TokenPolicy, contexts: Tensor) -> tuple[Tensor, ...]:
+        """Probabilities [n, C] of the classes; the likeliest [n, k], the most probable first; and those of the tokens
+        behind, given each of these, [n, k, L - 1, V]."""
+        count = self.model.sizes.num_classes
+        nothing = torch.zeros(len(contexts), dtype=torch.long)
+        classes = self._said(policy, contexts, nothing)[:, 0, :count]
+        chosen = classes.topk(min(self.most_classes, count)).indices
+        behind = [self._said(policy, contexts, column)[:, 1:] for column in chosen.unbind(1)]
+        return classes, chosen, torch.stack(behind, dim=1)
+
+    def decode(self, answers: tuple[Tensor, ...], way: str, generator: torch.Generator) -> Tensor:
+        classes, chosen, behind = answers
+        if way == LIKELIEST:
+            return self.tokens.decode(torch.cat((chosen[:, :1], behind[:, 0].argmax(-1)), dim=1))
+        # Of classes that were not asked about nothing is said.
+        asked = torch.zeros_like(classes).scatter(1, chosen, classes.gather(1, chosen))
+        bits = behind.new_full((*classes.shape, sum(self.tokens.cut[1:])), 0.5)
+        bits[torch.arange(len(classes)).unsqueeze(1), chosen] = self._bits(behind)
+        if way == DRAWN_MODE:
+            drawn = torch.multinomial(asked, 1, generator=generator)[:, 0]
+            asked = functional.one_hot(drawn, classes.shape[1]).to(bits)
+        known = BitProbabilities(asked / asked.sum(1, keepdim=True), bits)
+        return chunk_belief(self.model, known, "expected" if way == EXPECTED else "likeliest mode", None).actions
 
     def decoded(self, policy: TokenPolicy, contexts: Tensor, true: Tensor) -> Mapping[str, Tensor]:
-        found: dict[str, list[Tensor]] = {}
-        for part, own in zip(torch.split(contexts, _ASKED), torch.split(true, _ASKED), strict=True):
-            for name, actions in self._decoded(policy, part, own[:, 0]).items():
-                found.setdefault(name, []).append(actions)
-        return {name: torch.cat(parts) for name, parts in found.items()}
-
-    def _decoded(self, policy: TokenPolicy, contexts: Tensor, true: Tensor) -> Mapping[str, Tensor]:
-        """true: the classes [n] of the recorded chunks."""
-        rows, count = torch.arange(len(contexts)), self.model.sizes.num_classes
-        first = self._asked(policy, contexts, true)[:, 0, :count]
-        chosen = first.topk(min(self.most_classes, count)).indices
-        behind = [self._asked(policy, contexts, column) for column in chosen.unbind(1)]
-        # Of classes that were not asked about nothing is said.
-        classes, bits = torch.zeros_like(first), first.new_full((*first.shape, sum(self.tokens.cut[1:])), 0.5)
-        for column, probabilities in zip(chosen.unbind(1), behind, strict=True):
-            classes[rows, column] = first[rows, column]
-            bits[rows, column] = self._bits(probabilities)
-        known = BitProbabilities(classes / classes.sum(1, keepdim=True), bits)
-        of_true = self._bits(self._asked(policy, contexts, true)).unsqueeze(1).expand_as(bits)
-        is_true = BitProbabilities(functional.one_hot(true, count).to(bits), of_true)
-        likeliest = torch.cat((chosen[:, :1], behind[0][:, 1:].argmax(-1)), dim=1)
-        return {
-            LIKELIEST: self.tokens.decode(likeliest),
-            WITHIN: chunk_belief(self.model, known, "likeliest mode", None).actions,
-            EXPECTED: chunk_belief(self.model, known, "expected", None).actions,
-            TRUE_MODE: chunk_belief(self.model, is_true, "likeliest mode", None).actions,
-        }
+        """As if the policy had known the class, too."""
+        parts = []
+        for part, own in zip(torch.split(contexts, _ASKED), torch.split(true[:, 0], _ASKED), strict=True):
+            behind = self._said(policy, part, own)[:, 1:].unsqueeze(1)
+            certain = functional.one_hot(own, self.model.sizes.num_classes).to(behind)
+            parts.append(self.decode((certain, own.unsqueeze(1), behind), WITHIN, torch.Generator()))
+        return {**super().decoded(policy, contexts, true), TRUE_MODE: torch.cat(parts)}
 
     @staticmethod
-    def _asked(policy: TokenPolicy, contexts: Tensor, first: Tensor) -> Tensor:
+    def _said(policy: TokenPolicy, contexts: Tensor, first: Tensor) -> Tensor:
         """Probabilities [n, L, V], those behind the first token where it is this [n]."""
         said = torch.zeros(len(first), policy.num_tokens - 1, dtype=torch.long, device=contexts.device)
         said[:, 0] = first
@@ -168,12 +192,12 @@ class TwoPasses(Believer):
         return probabilities
 
     def _bits(self, probabilities: Tensor) -> Tensor:
-        """[n, bits] of the tokens behind the first, each being 1."""
+        """[..., bits] of the tokens [..., L - 1, V] behind the first, each being 1."""
         parts = []
-        for place, size in enumerate(self.tokens.cut[1:], 1):
-            words = probabilities[:, place, : 1 << size]
+        for place, size in enumerate(self.tokens.cut[1:]):
+            words = probabilities[..., place, : 1 << size]
             parts.append(words / words.sum(-1, keepdim=True) @ binary(torch.arange(1 << size), size).to(words))
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -184,16 +208,20 @@ class OneByOne(Believer):
     shape: tuple[int, int]
     draws: int = 16
     shown = None
+    ways = (LIKELIEST, DRAWN)
 
-    def decoded(self, policy: TokenPolicy, contexts: Tensor, true: Tensor) -> Mapping[str, Tensor]:
-        del true
+    def ask(self, policy: TokenPolicy, contexts: Tensor) -> tuple[Tensor, ...]:
+        """The likeliest tokens [n, L], and drawn ones [draws, n, L]."""
         generator = torch.Generator(device=contexts.device).manual_seed(0)
-        likeliest, drawn = [], []
-        for part in torch.split(contexts, _ASKED):
-            likeliest.append(self.tokens.decode(policy.say(part).cpu()))
-            said = policy.say(part.repeat(self.draws, 1), draw=generator).cpu()
-            drawn.append(self.tokens.decode(said).double().reshape(self.draws, len(part), *self.shape).mean(0))
-        return {LIKELIEST: torch.cat(likeliest), DRAWN: torch.cat(drawn)}
+        drawn = policy.say(contexts.repeat(self.draws, 1), draw=generator)
+        return policy.say(contexts).cpu(), drawn.cpu().reshape(self.draws, len(contexts), -1)
+
+    def decode(self, answers: tuple[Tensor, ...], way: str, generator: torch.Generator) -> Tensor:
+        del generator
+        likeliest, drawn = answers
+        if way == LIKELIEST:
+            return self.tokens.decode(likeliest)
+        return self.tokens.decode(drawn.flatten(0, 1)).double().reshape(self.draws, -1, *self.shape).mean(0)
 
 
 @dataclass(frozen=True)
@@ -202,7 +230,11 @@ class LeastSquares(Believer):
 
     shape: tuple[int, int]
     shown = None
+    ways = (EXPECTED,)
 
-    def decoded(self, policy: TokenPolicy, contexts: Tensor, true: Tensor) -> Mapping[str, Tensor]:
-        del true
-        return {EXPECTED: policy.say(contexts).cpu().reshape(-1, *self.shape)}
+    def ask(self, policy: TokenPolicy, contexts: Tensor) -> tuple[Tensor, ...]:
+        return (policy.say(contexts).cpu(),)
+
+    def decode(self, answers: tuple[Tensor, ...], way: str, generator: torch.Generator) -> Tensor:
+        del way, generator
+        return answers[0].reshape(-1, *self.shape)
