@@ -279,7 +279,8 @@ def _scale(errors: Tensor) -> Tensor:
     tried = (one ** (1 - blend) * (two / 2) ** blend).clamp(min=_LEAST_STD)
     one_off = (_within(errors, tried) - WITHIN_ONE) / ROOM_ONE
     two_off = (_within(errors, 2 * tried) - WITHIN_TWO) / ROOM_TWO
-    return tried.gather(0, (one_off.square() + two_off.square()).argmin(0, keepdim=True))[0]
+    best: Tensor = tried.gather(0, (one_off.square() + two_off.square()).argmin(0, keepdim=True))[0]
+    return best
 
 
 def _within(errors: Tensor, most: Tensor) -> Tensor:
