@@ -75,7 +75,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--beliefs", type=path_argument, metavar="F",
         help="fit temperatures and spreads to a policy's logits on windows held out, an .npz; --checkpoint is the "
-        "tokenizer, --output the settings (docs/beliefs.md)",
+        "tokenizer, --output the settings",
     )  # fmt: skip
     parser.add_argument("--report-dir", type=path_argument, metavar="DIR", help="default: the same below build/reports")
     parser.add_argument(
