@@ -8,8 +8,10 @@ from rfsq.calibration.chunk import fit_chunk_code
 from rfsq.evidence import policy_loop
 from rfsq.evidence.policies import NOTHING
 from rfsq.evidence.policy_lessons import (
+    AT_ONCE,
     CHUNK_LENGTH,
     CHUNK_TOKENS,
+    IN_TWO_PASSES,
     encoded,
     fitted_tokens,
     load_lessons,
@@ -77,7 +79,7 @@ def test_what_is_encoded_decodes_with_what_was_fitted(tmp_path: Path, monkeypatc
     monkeypatch.setattr(policy_loop, "fit_chunk_tokens", fit_few_classes)
     assert policy_loop.main(["encode", "--folder", str(tmp_path)]) == 0
     learnt = load_lessons(tmp_path / "lessons.npz")
-    assert list(learnt.tokens) == ["64 bins", "FAST, scale 20", CHUNK_TOKENS]
+    assert list(learnt.tokens) == ["64 bins", "FAST, scale 20", CHUNK_TOKENS, AT_ONCE, IN_TWO_PASSES]
     tokens = fitted_tokens(recordings, load_chunk_checkpoint(tmp_path / "chunk.safetensors"))
     decoders = decoders_of(tokens, recordings, learnt, tmp_path)
     chunks = meant(recordings)
