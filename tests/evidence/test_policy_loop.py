@@ -27,7 +27,7 @@ from rfsq.evidence.schemes import BinRange, fit_bins
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint, load_chunk_checkpoint
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.runtime.bundle.command import UNUSABLE
-from tests.evidence.conftest import some_recordings
+from tests.evidence.conftest import fork_workers, some_recordings
 
 TINY = ["--oat-steps", "0", "--width", "8", "--depth", "1", "--steps", "2", "--batch", "4", "--workers", "2"]
 
@@ -45,7 +45,10 @@ def train(folder: Path, *options: str) -> int:
     return policy_loop.main(["train", "--folder", str(folder), "--seeds", "0", "1", *TINY, *options])
 
 
-def test_policies_are_trained_in_processes_and_each_says_so(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_policies_are_trained_in_processes_and_each_says_so(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_workers(monkeypatch)
     assert train(folder) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("4 policies, 2 at a time, each with ")
