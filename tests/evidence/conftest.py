@@ -73,7 +73,7 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> ComparisonConfig:
     cache = once(tmp_path_factory, "models", Path.mkdir)
     # Trained well: a readout repairs no model that was hardly trained, where float32 could not serve it.
     return ComparisonConfig(
-        seeds=(0, 1), epochs=180, normaliser=NormaliserKind.MIN_MAX, peers=False, workers=1,
+        seeds=(0, 1), epochs=250, normaliser=NormaliserKind.MIN_MAX, peers=False, workers=1,
         recovered=RecoveredConfig(refine_steps=0), cache=cache,
     )  # fmt: skip
 
