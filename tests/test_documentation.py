@@ -55,6 +55,8 @@ NOT_RUN = {
     r"nvidia-cuda-mps-control": "needs a GPU",
     r"python evidence/train_peers.py": "needs a GPU, for minutes; tests/evidence/test_chunk_comparison.py is quicker",
     r"python evidence/policy_study.py": "needs a GPU, for minutes; tests/evidence/test_policy_study.py is quicker",
+    r"python evidence/belief_study.py": "needs a GPU, for minutes; tests/evidence/test_belief_study.py is quicker",
+    r"python calibration/fit.py .*--beliefs": "needs a policy; tests/calibration/test_belief_fitting.py has one",
     r"python evidence/policy_loop.py": "needs a GPU and the simulator; tests/evidence/test_policy_loop.py is quicker",
     r"python evidence/compare_chunks.py": "minutes; tests/evidence/test_chunk_comparison.py is quicker",
     r"python -m tests\.parity": "take many minutes; tests/parity/test_sizes.py is quicker",
