@@ -873,6 +873,31 @@ def test_a_graph_that_leaves_the_reference_is_found_before_any_gate(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("is_cross_checked", [True, False])
+def test_a_graph_of_beliefs_that_leaves_the_definition_ends_the_build(
+    is_cross_checked: bool,
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = step_tokens.belief_graph
+    monkeypatch.setattr(step_tokens, "belief_graph", lambda plan: right(lean(plan)))
+    if not is_cross_checked:
+        monkeypatch.setattr(pipeline, "cross_check", lambda *_: [])
+    assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(small)]) == 1
+    said = capsys.readouterr().err
+    if is_cross_checked:
+        assert re.search(r"^  belief_l3\.onnx on ONNX Runtime: action error ", said, re.MULTILINE)
+        assert re.search(r"^  belief_l3\.onnx on onnx reference evaluator: action error ", said, re.MULTILINE)
+    else:
+        assert re.search(
+            r"^  onnxruntime, beliefs: action error: \S+ over \d+ steps; expected at most", said, re.MULTILINE
+        )
+        assert "golden vectors: ✗ beliefs, batch 1: action error" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("perturbed")
 def test_red_gates_leave_the_bundle_that_was_there(built: Built, small: Path, tmp_path: Path) -> None:
     output = tmp_path / "bundle"

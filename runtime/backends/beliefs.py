@@ -1,0 +1,70 @@
+"""The contract of backends that decode probabilities of tokens, not tokens alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from ..bundle.arrays import Float32Array
+from ..bundle.errors import InvalidInputError
+from ..bundle.models import ModelEntry
+
+
+@dataclass(frozen=True)
+class BeliefCall:
+    """How what is given is taken.
+
+    is_logits: else probabilities; keeps_mode: whether the likeliest mode alone is decoded; coarse: layers that are the
+    mode, of per-step tokens (0 for chunk tokens).
+    """
+
+    is_logits: bool
+    keeps_mode: bool
+    coarse: int
+
+
+class DecodesBeliefs(Protocol):
+    """A backend that decodes probabilities; beside `Backend`, whose promises on threads, signals and fork hold here."""
+
+    # Two inputs, three outputs, and how.
+    def decode_belief_into(  # noqa: PLR0913
+        self,
+        given: tuple[Float32Array, ...],
+        sharpness: Float32Array,
+        call: BeliefCall,
+        actions: Float32Array,
+        std: Float32Array,
+        mode_probability: Float32Array,
+    ) -> None:
+        """given: tokens' distributions alone, [B, T, D, l, K] or [B, l, V], or classes [B, C] and bits [B, n];
+        sharpness: 1 / temperature of each layer [l], token [l], or class and bit [1 + n] -> actions and std [B, T, A],
+        mode_probability [B].
+
+        Arrays are C-contiguous float32. Probabilities have a sharpness of 1: with any other, they come as logits. They
+        are divided by their sum. Those that are all 0 or 1 give exactly what `decode_into` gives, and a std of 0.
+
+        The caller has validated all values, except in calls of at most `checked_steps` steps: there the backend raises
+        IllegalValueError, with nothing written. Raises InferenceError where the library fails.
+        """
+
+
+def coarse_layers(model: ModelEntry) -> int:
+    """How many layers of per-step tokens are the mode: the fewest that decode. 0 for chunk tokens, whose class is."""
+    return model.prefixes[0] if model.token_grid else 0
+
+
+def decodes_beliefs(backend: Any) -> bool:
+    """Whether this backend of this bundle decodes probabilities."""
+    # Of the class: a wrapper that hands unknown names on is judged itself, and not what it wraps.
+    return hasattr(type(backend), "decode_belief_into") and getattr(backend, "has_beliefs", True)
+
+
+def belief_backend(backend: Any) -> DecodesBeliefs:
+    """The backend, as one that decodes probabilities. Raises InvalidInputError for any other."""
+    if not decodes_beliefs(backend):
+        raise InvalidInputError(
+            f"the backend {backend.name!r} of this bundle decodes no probabilities: the bundle was built before there "
+            "was a decoder of them, or this backend has none; build the bundle again, or load it with "
+            "backend='onnxruntime'"
+        )
+    return cast(DecodesBeliefs, backend)
