@@ -16,6 +16,7 @@ from rfsq.rfsq_ref.beliefs import BitProbabilities, bits_of_tokens, chunk_belief
 from rfsq.runtime import ActionTokenizer, InvalidInputError, TokenizerError, UnbuiltPrefixError
 from rfsq.runtime.backends import graph_beliefs
 from rfsq.runtime.backends.beliefs import BeliefCall
+from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.beliefs import Belief, BeliefMode
 from rfsq.runtime.bundle.comparison import action_errors, std_error
 from rfsq.runtime.bundle.errors import IllegalValueError
@@ -23,6 +24,8 @@ from rfsq.runtime.bundle.models import ChunkModel
 from tests.bundles import Recipe, random_model
 from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 
+#: That decode beliefs.
+BACKENDS = ("onnxruntime",)
 STEP_MODES = (DeployMode.CALIBRATED, DeployMode.RECOVERED, DeployMode.NONE)
 MODES: tuple[BeliefMode, ...] = ("expected", "likeliest mode")
 
@@ -76,14 +79,21 @@ class Case:
         np.testing.assert_array_equal(found.mode, expected.mode.numpy())
 
 
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="session", params=[*STEP_MODES, "chunk"], ids=str)
-def case(request: pytest.FixtureRequest, bundle_of: Callable[[Recipe], Path], chunk_bundle: Path) -> Iterator[Case]:
+def case(
+    request: pytest.FixtureRequest, backend: str, bundle_of: Callable[[Recipe], Path], chunk_bundle: Path
+) -> Iterator[Case]:
     if request.param == "chunk":
         model, folder = deployed_chunk_tokens(ChunkRecipe()).reference.model, chunk_bundle
     else:
-        recipe = Recipe(mode=request.param)
+        recipe = Recipe(mode=request.param, c_targets=host_targets()[:1])
         model, folder = random_model(recipe), bundle_of(recipe)
-    with ActionTokenizer.load(folder, backend="onnxruntime") as tokenizer:
+    with ActionTokenizer.load(folder, backend=backend) as tokenizer:
         yield Case(tokenizer, model)
 
 
@@ -94,8 +104,8 @@ def steps(bundle: Path) -> Iterator[Case]:
 
 
 @pytest.fixture
-def chunks(chunk_bundle: Path) -> Iterator[Case]:
-    with ActionTokenizer.load(chunk_bundle, backend="onnxruntime") as tokenizer:
+def chunks(chunk_bundle: Path, backend: str) -> Iterator[Case]:
+    with ActionTokenizer.load(chunk_bundle, backend=backend) as tokenizer:
         yield Case(tokenizer, deployed_chunk_tokens(ChunkRecipe()).reference.model)
 
 
