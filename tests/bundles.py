@@ -33,6 +33,7 @@ from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.fidelity import fidelity
 from rfsq.runtime.bundle.gates import highest_limit, missing_gates, promised_refusal
 from rfsq.runtime.bundle.golden import Golden, write_golden
@@ -311,7 +312,7 @@ def make_manifest(deployed: Deployed) -> Manifest:
 def proven(backend: str, device: str, model: ModelEntry) -> tuple[ParityEntry, ...]:
     """What a build records that has run all gates."""
     refusal = promised_refusal(backend, model.chunk_length)
-    has_beliefs = backend == "onnxruntime" and not model.has_stats
+    has_beliefs = BACKENDS[backend].decodes_beliefs and not model.has_stats
     gates = missing_gates((), model.decoders, has_stats=model.has_stats, refusal=refusal, has_beliefs=has_beliefs)
     return tuple(ParityEntry(backend, gate, 120_000, 0, 0, "", device) for gate in gates)
 

@@ -14,6 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from .advice import quoted
+from .backend_specs import BACKENDS
 from .contents import check_contents, copy_again
 from .errors import BundleError
 from .gates import highest_limit, missing_gates, promised_refusal
@@ -313,7 +314,8 @@ def _parity_problems(manifest: Manifest) -> Iterator[str]:
     for backend, device in sorted(proven):
         refusal = promised_refusal(backend, model.chunk_length)
         found = gates.get((backend, device), ())
-        has_beliefs = backend == GRAPHS_PROVEN_ON[0] and bool(manifest.belief_graphs)
+        spec = BACKENDS.get(backend)
+        has_beliefs = spec is not None and spec.decodes_beliefs and bool(manifest.belief_graphs)
         missing = missing_gates(
             found, model.decoders, has_stats=model.has_stats, refusal=refusal, has_beliefs=has_beliefs
         )

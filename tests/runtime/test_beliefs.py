@@ -17,6 +17,7 @@ from rfsq.runtime import ActionTokenizer, InvalidInputError, TokenizerError, Unb
 from rfsq.runtime.backends import graph_beliefs
 from rfsq.runtime.backends.beliefs import BeliefCall
 from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.bundle import backend_specs
 from rfsq.runtime.bundle.beliefs import Belief, BeliefMode
 from rfsq.runtime.bundle.comparison import action_errors, std_error
 from rfsq.runtime.bundle.errors import IllegalValueError
@@ -24,8 +25,8 @@ from rfsq.runtime.bundle.models import ChunkModel
 from tests.bundles import Recipe, random_model
 from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 
-#: That decode beliefs.
-BACKENDS = ("onnxruntime",)
+#: Those on the processor.
+BACKENDS = [name for name, spec in backend_specs.BACKENDS.items() if spec.decodes_beliefs and not spec.is_on_gpu]
 STEP_MODES = (DeployMode.CALIBRATED, DeployMode.RECOVERED, DeployMode.NONE)
 MODES: tuple[BeliefMode, ...] = ("expected", "likeliest mode")
 

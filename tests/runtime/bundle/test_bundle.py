@@ -410,6 +410,17 @@ def without_gates(manifest: Manifest, part: str) -> Manifest:
     return replace(manifest, parity=parity)
 
 
+def test_graphs_of_beliefs_that_were_not_tested_are_refused_and_so_are_some_of_them() -> None:
+    manifest = complete_manifest()
+    with pytest.raises(BundleError, match=r"onnxruntime on CPU lacks the gates beliefs: action error, beliefs: std"):
+        check_manifest(without_gates(manifest, "beliefs"), is_proven=True)
+    # Bundles that were built before there were any have neither.
+    check_manifest(without_gates(without_beliefs(manifest), "beliefs"), is_proven=True)
+    fewer = tuple(entry for entry in manifest.graphs if entry.file != "belief_l2.onnx")
+    with pytest.raises(BundleError, match=r"lists the graphs .*; the model needs .*\('belief', 2, 'gemm'\)"):
+        check_manifest(replace(manifest, graphs=fewer), is_proven=True)
+
+
 def test_an_engine_whose_refusal_was_not_tested_is_refused() -> None:
     check_manifest(c_engine(), is_proven=True)
     with pytest.raises(BundleError, match=r"c on x86-64 lacks the gates encode: illegal values accepted, decode 2 lay"):
