@@ -7,14 +7,11 @@ from typing import cast
 import numpy as np
 
 from .arrays import AnyArray, BoolArray, Float32Array, unravel
-from .beliefs import BELIEF_MODES
+from .beliefs import BELIEF_MODES, SUM_TOLERANCE
 from .errors import InvalidInputError
 from .models import ChunkModel, ModelEntry
 from .probabilities import Given
 from .validation import as_plain_array, check_prefix, listed, native, refuse_first
-
-#: How far a distribution's sum may be from 1: a softmax in half precision comes so near.
-SUM_TOLERANCE = 1e-3
 
 _FLOAT32 = np.dtype(np.float32)
 

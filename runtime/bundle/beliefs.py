@@ -10,6 +10,9 @@ from typing import Generic, Literal, TypeVar
 BeliefMode = Literal["expected", "likeliest mode", "sample"]
 BELIEF_MODES: tuple[BeliefMode, ...] = typing.get_args(BeliefMode)
 
+#: By how much the sum of given probabilities may differ from 1: what rounding to half precision leaves.
+SUM_TOLERANCE = 1e-3
+
 Array = TypeVar("Array")
 
 
