@@ -1,6 +1,5 @@
 """From a file of a policy's logits to temperatures, scales and a report of how honest beliefs are."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,6 @@ from rfsq.runtime.bundle.paths import counted, replacing, shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = "rfsq-belief-settings"
 _STEP, _TOKENS, _BITS = {"logits"}, {"logits"}, {"class_logits", "bit_logits"}
 #: Of choices, shown without -v.
 _FEW = 12
@@ -128,7 +126,7 @@ def _floats(arrays: dict[str, npt.NDArray[Any]], name: str, path: Path) -> Tenso
 def write_settings(report: BeliefReport, path: Path) -> None:
     """What the runtime takes. Raises CalibrationError."""
     with replacing(path, error=CalibrationError) as temporary:
-        temporary.write_text(json.dumps({"format": FORMAT, **settings_of(report)}, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(settings_of(report).text(), encoding="utf-8")
 
 
 def format_beliefs(report: BeliefReport, *, is_verbose: bool) -> str:

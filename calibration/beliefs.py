@@ -7,7 +7,7 @@ deviation, and within two, as of a Gaussian. Episodes that nothing is fitted to 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from rfsq.calibration.errors import CalibrationError
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.beliefs import BitProbabilities, bits_of_tokens, chunk_belief, step_belief
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
+from rfsq.runtime.bundle.belief_settings import BeliefSettings
 from rfsq.runtime.bundle.beliefs import Belief, BeliefMode
 
 #: Shares of a Gaussian within one and two standard deviations.
@@ -297,9 +298,9 @@ def _deviations(given: PolicyLogits, rows: Tensor, temperature: Tensor, mode: Be
     return torch.cat(found)
 
 
-def settings_of(report: BeliefReport) -> Mapping[str, object]:
-    """What a robot needs of a report: `temperature` and `std_scale` by mode, as the runtime takes them."""
-    return {
-        "temperature": [choice.temperature for choice in report.choices],
-        "std_scale": {spread.mode: list(spread.scale) for spread in report.spreads},
-    }
+def settings_of(report: BeliefReport) -> BeliefSettings:
+    """What a robot needs of a report."""
+    return BeliefSettings(
+        tuple(choice.temperature for choice in report.choices),
+        {spread.mode: spread.scale for spread in report.spreads},
+    )

@@ -240,7 +240,7 @@ def _fit_beliefs(options: argparse.Namespace) -> Outcome:
     return Outcome(
         f"✓ wrote {output} and {report_dir}: {100 * spread.within_one[1]:.0f}% of recorded actions lie within 1 std, "
         f"{100 * spread.within_two[1]:.0f}% within 2, on episodes that nothing was fitted to",
-        {"output": str(output), "report": asdict(report), "settings": dict(settings_of(report))},
+        {"output": str(output), "report": asdict(report), "settings": asdict(settings_of(report))},
     )
 
 

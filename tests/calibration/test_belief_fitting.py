@@ -10,6 +10,7 @@ import torch
 
 from rfsq.calibration.fit import main
 from rfsq.rfsq_ref.chunk_checkpoint import save_chunk_checkpoint
+from rfsq.runtime.bundle.belief_settings import load_belief_settings
 from tests.chunk_bundles import ChunkRecipe, chunk_checkpoint, random_chunks
 
 COUNT = 24
@@ -62,9 +63,9 @@ def test_settings_and_a_report_are_written(
     assert run(tmp_path, arrays, "--kind", "chunk", "--checkpoint", checkpoint, "-v") == 0
     printed = capsys.readouterr().out
     assert "fitted to 2 episodes, judged on 2 others" in printed
-    settings = json.loads((tmp_path / "beliefs.json").read_text(encoding="utf-8"))
-    assert len(settings["temperature"]) == choices
-    assert {mode: len(scale) for mode, scale in settings["std_scale"].items()} == {"expected": 3, "likeliest mode": 3}
+    settings = load_belief_settings(tmp_path / "beliefs.json")
+    assert len(settings.temperature) == choices
+    assert {mode: len(scale) for mode, scale in settings.std_scale.items()} == {"expected": 3, "likeliest mode": 3}
     report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert len(report["choices"]) == choices
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -133,7 +134,7 @@ def test_per_step_tokens_are_fitted_to_as_well(tmp_path: Path, capsys: pytest.Ca
     }
     assert run(tmp_path, arrays, "--checkpoint", calibrated) == 0
     assert "layer 2" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "beliefs.json").read_text(encoding="utf-8"))["temperature"]) == 3
+    assert len(load_belief_settings(tmp_path / "beliefs.json").temperature) == 3
     assert (
         run(
             tmp_path,

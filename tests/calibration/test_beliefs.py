@@ -106,10 +106,8 @@ def test_scales_make_spreads_honest_on_episodes_that_were_not_fitted(factor: flo
         assert spread.within_one[1] == pytest.approx(0.6827, abs=0.02)
         assert spread.within_two[1] == pytest.approx(0.9545, abs=0.01)
     settings = settings_of(report)
-    assert settings == {
-        "temperature": [report.choices[0].temperature],
-        "std_scale": {"expected": list(report.spreads[0].scale), "likeliest mode": list(report.spreads[1].scale)},
-    }
+    assert settings.temperature == (report.choices[0].temperature,)
+    assert settings.std_scale == {spread.mode: spread.scale for spread in report.spreads}
 
 
 def test_one_episode_cannot_be_fitted_and_judged() -> None:
