@@ -53,6 +53,7 @@ _OF_STEP = ("checkpoint", "use_layernorm", "weights")
 _OF_CALIBRATED = (*CalibrationConfig.__dataclass_fields__, "readout", "readout_ridge")
 _OF_RECOVERED = (*RecoveredConfig.__dataclass_fields__, "prefixes")
 _OF_CHUNK = tuple(ChunkConfig.__dataclass_fields__)
+_OF_FITS = ("data", "key", "filter_key", "method", *_OF_CALIBRATED, *_OF_RECOVERED, *_OF_CHUNK)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +72,11 @@ def _parser() -> CommandParser:
         "checkpoint; default: build/checkpoints/NAME-METHOD.safetensors, of chunk tokens DATA-chunk, or "
         "DATA-chunk-shared by their order"
     )
+    parser.add_argument(
+        "--beliefs", type=path_argument, metavar="F",
+        help="fit temperatures and spreads to a policy's logits on windows held out, an .npz; --checkpoint is the "
+        "tokenizer, --output the settings",
+    )  # fmt: skip
     parser.add_argument("--report-dir", type=path_argument, metavar="DIR", help="default: the same below build/reports")
     parser.add_argument(
         "--kind", type=TokenKind, choices=list(TokenKind), default=TokenKind.STEP,
@@ -125,11 +131,14 @@ def _add(group: Any, name: str, kind: Any, text: str, defaults: type) -> None:
 
 def _work(options: argparse.Namespace) -> Outcome:
     refuse_idle_choices(options)
-    _refuse_unused(options)
+    if options.beliefs is None:
+        _refuse_unused(options)
     import torch
 
     # Sums come out in one order, whatever the machine has: the same data give the same constants.
     torch.set_num_threads(1)
+    if options.beliefs is not None:
+        return _fit_beliefs(options)
     return _fit_chunk(options) if options.kind is TokenKind.CHUNK else _fit_step(options)
 
 
@@ -201,6 +210,38 @@ def _fit_chunk(options: argparse.Namespace) -> Outcome:
         save_chunk_checkpoint(fitted, output)
     document = {"output": str(output), "report": asdict(report), "provenance": dict(fitted.provenance)}
     return Outcome(_verdict(output, report_dir, report.fidelity, MODE), document)
+
+
+def _fit_beliefs(options: argparse.Namespace) -> Outcome:
+    from rfsq.calibration.belief_fitting import draw_beliefs, format_beliefs, load_logits, write_settings
+    from rfsq.calibration.beliefs import calibrate_beliefs, settings_of
+    from rfsq.calibration.report import report_files, staged_report
+    from rfsq.rfsq_ref.checkpoints import load_checkpoint
+    from rfsq.rfsq_ref.chunk_checkpoint import load_chunk_checkpoint
+
+    if unused := _given(options, _OF_FITS):
+        flags = ", ".join("--" + name.replace("_", "-") for name in unused)
+        raise CalibrationError(f"{flags} given, which --beliefs does not use; drop it")
+    if options.checkpoint is None:
+        raise CalibrationError("--beliefs needs the tokenizer that the policy speaks: give it with --checkpoint F")
+    output: Path = options.output or Path(f"build/beliefs/{options.beliefs.stem}.json")
+    report_dir: Path = options.report_dir or Path(f"build/reports/{options.beliefs.stem}-beliefs")
+    refuse_existing([output, *report_files(report_dir)], overwrite=options.overwrite)
+    tokens = (
+        load_chunk_checkpoint(options.checkpoint)
+        if options.kind is TokenKind.CHUNK
+        else load_checkpoint(options.checkpoint, use_layernorm=options.use_layernorm, weights=options.weights)
+    )
+    report = calibrate_beliefs(*load_logits(options.beliefs, tokens))
+    print(format_beliefs(report, is_verbose=options.verbose))
+    with staged_report(report, report_dir, draw_beliefs):
+        write_settings(report, output)
+    spread = report.spreads[0]
+    return Outcome(
+        f"✓ wrote {output} and {report_dir}: {100 * spread.within_one[1]:.0f}% of recorded actions lie within 1 std, "
+        f"{100 * spread.within_two[1]:.0f}% within 2, on episodes that nothing was fitted to",
+        {"output": str(output), "report": asdict(report), "settings": asdict(settings_of(report))},
+    )
 
 
 def _places(options: argparse.Namespace, name: str) -> tuple[Path, Path]:

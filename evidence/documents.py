@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from rfsq.calibration import study_report
 from rfsq.calibration.study_result import result_from_json
 from rfsq.calibration.tables import as_markdown
-from rfsq.evidence import chunk_results, policy_loop_results, policy_results, rollout_report
+from rfsq.evidence import belief_results, chunk_results, policy_loop_results, policy_results, rollout_report
 from rfsq.evidence import tables as tables_parts
 from rfsq.evidence.chunk_results import CHUNKS_JSON, ChunkComparison
 from rfsq.evidence.errors import EvidenceError
@@ -53,6 +53,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     humanoid = chunk_results.parts(ChunkComparison.read(results / "humanoid.json"))
     found |= {f"humanoid {name}": part for name, part in humanoid.items()}
     found |= policy_results.parts(policy_results.PolicyResults.read(results / policy_results.POLICIES_JSON))
+    found |= belief_results.parts(belief_results.BeliefResults.read(results / belief_results.BELIEFS_JSON))
     loop = results / policy_loop_results.POLICY_LOOP_JSON
     found |= policy_loop_results.parts(policy_loop_results.PolicyLoopResults.read(loop) if loop.exists() else None)
     for source, parts in (("calibration", study_report.parts(study)), ("rollout", rollout_report.parts(rollout.tasks))):

@@ -127,10 +127,10 @@ class TokenPolicy(nn.Module):
         return (found * weights.flatten()).sum() / weights.sum()
 
     @torch.inference_mode()
-    def say(self, context: Tensor, count: int | None = None) -> Tensor:
+    def say(self, context: Tensor, count: int | None = None, draw: torch.Generator | None = None) -> Tensor:
         """The likeliest tokens [n, count], one after the other as far as they are shown, the others at once.
 
-        count: of the first tokens; None says all of them.
+        count: of the first tokens; None says all of them. draw: tokens are drawn from it, by their probabilities.
         """
         count = self.num_tokens if count is None else count
         said: list[Tensor] = []
@@ -142,7 +142,7 @@ class TokenPolicy(nn.Module):
                 x = torch.cat((x, self.places[place + 1 : count].expand(len(context), -1, -1)), dim=1)
             logits, found = self._logits(x, kept)
             kept = list(found)
-            said.append(logits.argmax(dim=-1))
+            said.append(logits.argmax(dim=-1) if draw is None else _drawn(logits, draw))
             if place + 1 < count:
                 x = self.words(said[-1]) + self.places[place + 1]
         return torch.cat(said, dim=1)
@@ -158,11 +158,17 @@ class RegressionPolicy(TokenPolicy):
         """tokens: chunks [n, N]."""
         return functional.mse_loss(self.say(context), tokens)
 
-    def say(self, context: Tensor, count: int | None = None) -> Tensor:
-        """Chunks [n, N]; there are no tokens to count."""
-        del count
+    def say(self, context: Tensor, count: int | None = None, draw: torch.Generator | None = None) -> Tensor:
+        """Chunks [n, N]; there are no tokens to count or draw."""
+        del count, draw
         logits: Tensor = self(context, torch.zeros(len(context), 0, dtype=torch.long, device=context.device))
         return logits[:, 0]
+
+
+def _drawn(logits: Tensor, draw: torch.Generator) -> Tensor:
+    """Words [n, places] of logits [n, places, vocabulary]."""
+    flat = torch.multinomial(logits.flatten(0, 1).softmax(dim=-1), 1, generator=draw)
+    return flat.reshape(logits.shape[:2])
 
 
 def policy_of(context_size: int, vocabulary: int | None, size: int, config: PolicyConfig) -> TokenPolicy:

@@ -1,21 +1,25 @@
 """Drive the simulator with trained policies: many scenes at once, for a policy is asked about all of them together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rfsq.evidence.belief_tokens import Believer
+from rfsq.evidence.policies import TokenPolicy
 from rfsq.evidence.policy_lessons import CHUNK_LENGTH
 from rfsq.evidence.policy_recordings import poses
 from rfsq.evidence.policy_sight import sight, task_mark
 from rfsq.evidence.policy_tokens import PolicyTokens
 from rfsq.evidence.policy_training import SeeingPolicies, load_policies
 from rfsq.evidence.simulation import Simulation
-from rfsq.rfsq_ref.expert import ACTION_DIM
+from rfsq.rfsq_ref.data import FloatArray
+from rfsq.rfsq_ref.expert import ACTION_DIM, Observation
 from rfsq.rfsq_ref.experts import EXPERTS
 
 #: Steps after which a scene counts as not solved: 20 s.
@@ -25,12 +29,14 @@ MOST_STEPS = 400
 @dataclass(frozen=True)
 class Cell:
     """name: of the tokens; count: how many of the tokens it says, None for all or where it says actions; executed:
-    steps of a chunk before it is asked again; seed: of the policy."""
+    steps of a chunk before it is asked again; seed: of the policy; way: how its probabilities are decoded, None for the
+    tokens that it says."""
 
     name: str
     count: int | None
     executed: int
     seed: int
+    way: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,21 +53,26 @@ class DrivingJob:
 
 @dataclass(frozen=True)
 class Driven:
-    """steps: after how many each scene was solved first, None where it never was."""
+    """steps: after how many each scene was solved first, None where it never was; errors: mean squares of each scene's
+    actions less those that the expert meant there, none of the expert itself."""
 
     job: DrivingJob
     steps: tuple[int | None, ...]
+    errors: tuple[float, ...] = ()
 
 
-#: Of a worker process: what decodes, by name, and the scenes of the last task, which take long to make.
+#: Of a worker process: what decodes tokens and probabilities, by name, and the scenes of the last task, which take long
+#: to make.
 _decoders: dict[str, PolicyTokens] = {}
+_believers: dict[str, Believer] = {}
 _worlds: dict[tuple[str, int], Simulation] = {}
 
 
-def prepare(decoders: Sequence[PolicyTokens]) -> None:
-    """At the beginning of a worker process."""
+def prepare(decoders: Sequence[PolicyTokens], believers: Mapping[str, Believer]) -> None:
+    """At the beginning of a worker process. believers: of policies that do not say tokens one after the other."""
     torch.set_num_threads(1)
     _decoders.update({each.name: each for each in decoders})
+    _believers.update(believers)
 
 
 def drive(job: DrivingJob) -> Driven:
@@ -71,7 +82,7 @@ def drive(job: DrivingJob) -> Driven:
     if job.cell is None:
         return Driven(job, tuple(map(expert_steps, worlds)))
     assert job.weights is not None
-    return Driven(job, policy_steps(worlds, job, _policies(job.weights)))
+    return policy_drive(worlds, job, _policies(job.weights))
 
 
 def expert_steps(world: Simulation) -> int | None:
@@ -87,32 +98,64 @@ def expert_steps(world: Simulation) -> int | None:
 
 
 @torch.inference_mode()
-def policy_steps(worlds: Sequence[Simulation], job: DrivingJob, policies: SeeingPolicies) -> tuple[int | None, ...]:
-    """After how many steps the policy has solved each scene first."""
+def policy_drive(worlds: Sequence[Simulation], job: DrivingJob, policies: SeeingPolicies) -> Driven:
+    """All scenes until the policy has solved them."""
     assert job.cell is not None
     steps: list[int | None] = [None] * len(worlds)
-    observations = [world.reset() for world in worlds]
+    observations, watchers = [world.reset() for world in worlds], [Watcher(world) for world in worlds]
     past = torch.zeros(len(worlds), CHUNK_LENGTH, ACTION_DIM)
-    task, decoder = task_mark(job.task, job.tasks), _decoders.get(job.cell.name)
+    task, generator = task_mark(job.task, job.tasks), torch.Generator().manual_seed(job.cell.seed)
     running = list(range(len(worlds)))
     for begun in range(0, MOST_STEPS, job.cell.executed):
         seen = torch.from_numpy(np.stack([poses(job.task, observations[index]) for index in running]))
         context = (sight(seen, past[running], task.expand(len(running), -1)) - policies.mean) / policies.deviation
-        said = policies.by_seed[job.cell.seed].say(context, job.cell.count)
-        decoded = said if decoder is None else decoder.decode(said)
-        chunks = decoded.reshape(len(running), CHUNK_LENGTH, ACTION_DIM)[:, : job.cell.executed].float().clamp(-1, 1)
+        chunks = (
+            _decoded(policies.by_seed[job.cell.seed], context, job.cell, generator)
+            .reshape(len(running), CHUNK_LENGTH, ACTION_DIM)[:, : job.cell.executed]
+            .float()
+            .clamp(-1, 1)
+        )
         for index, chunk in zip(running, chunks, strict=True):
-            steps[index] = _executed(worlds[index], observations[index], chunk, begun)
+            steps[index] = _executed(worlds[index], observations[index], watchers[index], chunk, begun)
         past[running] = torch.cat((past[running], chunks), dim=1)[:, -CHUNK_LENGTH:]
         running = [index for index in running if steps[index] is None]
         if not running:
             break
-    return tuple(steps)
+    return Driven(job, tuple(steps), tuple(watcher.error for watcher in watchers))
 
 
-def _executed(world: Simulation, observation: dict[str, object], chunk: Tensor, begun: int) -> int | None:
+def _decoded(policy: TokenPolicy, contexts: Tensor, cell: Cell, generator: torch.Generator) -> Tensor:
+    """The chunks that a policy means."""
+    if cell.way is not None:
+        believer = _believers[cell.name]
+        return believer.decode(believer.ask(policy, contexts), cell.way, generator)
+    said, decoder = policy.say(contexts, cell.count), _decoders.get(cell.name)
+    return said if decoder is None else decoder.decode(said)
+
+
+class Watcher:
+    """An expert that watches another drive, and says at each step what it would do."""
+
+    def __init__(self, world: Simulation) -> None:
+        self._expert, self._squares = EXPERTS[world.task](), list[float]()
+        self._expert.reset(np.random.default_rng(world.seed))
+
+    def watch(self, observation: Observation, action: FloatArray) -> None:
+        self._expert.act(observation)
+        self._squares.append(float(np.square(action - self._expert.intended).mean()))
+
+    @property
+    def error(self) -> float:
+        """Mean square of all actions so far, less what the expert meant."""
+        return fmean(self._squares)
+
+
+def _executed(
+    world: Simulation, observation: dict[str, object], watcher: Watcher, chunk: Tensor, begun: int
+) -> int | None:
     """Execute a chunk [steps, A]; the step after which the scene was solved. observation: becomes the last one."""
     for step, action in enumerate(chunk.numpy(), begun + 1):
+        watcher.watch(observation, action)
         observation.update(world.step(action))
         if world.succeeded():
             return step

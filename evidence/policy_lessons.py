@@ -5,7 +5,7 @@ So that training needs none of the tokenizers' packages, and driving is sure tha
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,9 @@ _HELD_OUT = 5
 _BINS, _FAST_SCALE = 6, 20.0
 #: Of the cuts of chunk tokens.
 CHUNK_TOKENS = "chunk tokens, shared order, 4 bits"
+#: Tokens of policies that do not say them one after the other: how many of those said so far they are shown.
+AT_ONCE, IN_TWO_PASSES = "64 bins, at once", "chunk tokens, shared order, in two passes"
+SHOWN: Mapping[str, int] = {AT_ONCE: 0, IN_TWO_PASSES: 1}
 #: Windows are plenty, and so many say as much.
 _CHUNK_FIT = ChunkFitConfig(most_windows=15_000, has_shared_order=True)
 
@@ -68,10 +71,14 @@ def fitted_tokens(recordings: Sequence[Recording], chunk: ChunkCheckpoint) -> li
     shape = (CHUNK_LENGTH, chunks.shape[2])
     bins = fit_bins(np.concatenate([each.intended for each in fitted]), BinRange.FULL, _BINS)
     code = ChunkCode(chunk.sizes, chunk.constants).double()
+    cuts = {each.cut[0]: each for each in chunk_tokens(code, "shared order")}
+    one_by_one = BinTokens(f"{1 << _BINS} bins", 1 << _BINS, bins, shape)
     return [
-        BinTokens(f"{1 << _BINS} bins", 1 << _BINS, bins, shape),
+        one_by_one,
         fit_fast_tokens(chunks, _FAST_SCALE),
-        *(each for each in chunk_tokens(code, "shared order") if each.name == CHUNK_TOKENS),
+        cuts[4],
+        replace(one_by_one, name=AT_ONCE),
+        replace(cuts[chunk.sizes.class_bits], name=IN_TWO_PASSES),
     ]
 
 

@@ -135,7 +135,7 @@ def _train(options: argparse.Namespace) -> Outcome:
 def _drive(options: argparse.Namespace) -> Outcome:
     # It needs the simulator.
     from rfsq.evidence.policy_driving import MOST_STEPS
-    from rfsq.evidence.policy_trials import Tally, decoders_of, drive_all, jobs_of, trials_of, weights_in
+    from rfsq.evidence.policy_trials import Tally, believers_of, decoders_of, drive_all, jobs_of, trials_of, weights_in
 
     refuse_existing([options.output], overwrite=options.overwrite)
     versions = check_simulator("torch")
@@ -144,7 +144,8 @@ def _drive(options: argparse.Namespace) -> Outcome:
     tokens = fitted_tokens(recordings, load_chunk_checkpoint(options.folder / _CHUNK_FILE))
     decoders = decoders_of(tokens, recordings, learnt, weights)
     policies = {path: load_policies(path) for path in weights_in(weights, [*learnt.tokens, OAT, ACTIONS])}
-    trials = trials_of(policies, _PREFIXES, options.executed)
+    ways = {name: believer.ways for name, believer in believers_of(decoders).items()}
+    trials = trials_of(policies, _PREFIXES, ways, options.executed)
     jobs, tally = jobs_of(trials, options.tasks, options.scenes), Tally()
     counts = Counter(recording.task for recording in recordings)
     kind = next(iter(policies.values())).kind

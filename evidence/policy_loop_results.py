@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 from rfsq.calibration.tables import Part, Table
 from rfsq.evidence.results import Document
@@ -16,28 +16,36 @@ _NONE = "–"
 @dataclass(frozen=True)
 class LoopRun:
     """One policy on all scenes of a task. seed: of the policy, None for the expert; solved: the scenes' numbers, and
-    after how many steps."""
+    after how many steps; error: mean square of its actions less what the expert meant there, None of the expert."""
 
     seed: int | None
     scenes: int
     solved: tuple[tuple[int, int], ...]
+    error: float | None
 
 
 @dataclass(frozen=True)
 class LoopReport:
     """name: of what the policy says; tokens: how many of them; executed: steps of a chunk before it is asked again;
-    None where there are none. runs: of each seed, on the same scenes."""
+    way: how its probabilities are decoded; None where there are none. runs: of each seed, on the same scenes."""
 
     task: str
     name: str
     tokens: int | None
     executed: int | None
+    way: str | None
     runs: tuple[LoopRun, ...]
 
     @property
     def rate(self) -> Rate:
         """Of all runs together."""
         return Rate.of(sum(len(run.solved) for run in self.runs), sum(run.scenes for run in self.runs))
+
+    @property
+    def error(self) -> float | None:
+        """Mean of the runs."""
+        found = [run.error for run in self.runs if run.error is not None]
+        return fmean(found) if found else None
 
     @property
     def steps(self) -> float | None:
@@ -51,7 +59,7 @@ class PolicyLoopResults(Document):
     """recorded: solved episodes by task; noise: of the recordings, over the expert's usual; most_steps: after which a
     scene counts as not solved; device: what trained; settings: of every training."""
 
-    format, version, again = "rfsq-policy-loop", 1, ("evidence/policy_loop.py", "drive")
+    format, version, again = "rfsq-policy-loop", 2, ("evidence/policy_loop.py", "drive")
 
     recorded: dict[str, int]
     noise: float
@@ -86,17 +94,27 @@ def _span(numbers: Sequence[int]) -> str:
 def table(results: PolicyLoopResults) -> Table:
     """A row for what is said, and a column for each task."""
     tasks = list(results.recorded)
-    rows: dict[tuple[str, int | None, int | None], dict[str, str]] = {}
+    rows: dict[tuple[str, str | None, int | None, int | None], dict[str, str]] = {}
     for report in results.reports:
-        row = rows.setdefault((report.name, report.tokens, report.executed), {})
+        row = rows.setdefault((report.name, report.way, report.tokens, report.executed), {})
         row[report.task] = str(report.rate)
+        row[f"{report.task}, error"] = _NONE if report.error is None else f"{report.error:.3f}"
         row[f"{report.task}, steps"] = _NONE if report.steps is None else f"{report.steps:.0f}"
-    header = ("what a policy says", "tokens", "steps executed", *tasks, *(f"{task}, steps" for task in tasks))
-    body = tuple(
-        (name, _number(tokens), _number(executed), *(row.get(column, _NONE) for column in header[3:]))
-        for (name, tokens, executed), row in rows.items()
+    header = (
+        "what a policy says",
+        "decoded",
+        "tokens",
+        "steps executed",
+        *tasks,
+        *(f"{task}, {what}" for what in ("steps", "error") for task in tasks),
     )
-    return Table("Scenes solved, with 95 % intervals, and median steps until then", header, body)
+    body = tuple(
+        (name, way or _NONE, _number(tokens), _number(executed), *(row.get(column, _NONE) for column in header[4:]))
+        for (name, way, tokens, executed), row in rows.items()
+    )
+    return Table(
+        "Scenes solved, with 95 % intervals, median steps until then, and mean squares off the expert", header, body
+    )
 
 
 def _number(value: int | None) -> str:

@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.oat import OatConfig, OatNetwork
 from rfsq.evidence.policies import PolicyConfig, TokenPolicy, policy_of, train_policy
-from rfsq.evidence.policy_lessons import CHUNK_LENGTH, Lessons, meant, parts_of
+from rfsq.evidence.policy_lessons import CHUNK_LENGTH, SHOWN, Lessons, meant, parts_of
 from rfsq.evidence.policy_recordings import Recording
 from rfsq.evidence.policy_study import prepare
 from rfsq.evidence.policy_tokens import NetworkTokens, oat_tokens
@@ -119,7 +119,10 @@ def training_jobs(
     """Every kind with every seed: seed by seed, so that a run that was stopped can compare all kinds, and short ones
     first. rows: contexts [n, C], normalised; targets: see `targets_of`."""
     kinds = [
-        (PolicyKind(name, rows.shape[1], vocabulary, found.shape[1], device_name(), asdict(config)), _compact(found))
+        (
+            PolicyKind(name, rows.shape[1], vocabulary, found.shape[1], device_name(), _settings(config, name)),
+            _compact(found),
+        )
         for name, (vocabulary, found) in targets.items()
     ]
     kinds.sort(key=lambda entry: _length(entry[0]))
@@ -145,6 +148,10 @@ def train_all(jobs: Sequence[TrainingJob], normalised: tuple[Tensor, Tensor], wo
 def _compact(targets: Tensor) -> npt.NDArray[Any]:
     """Tokens in int16, which hold all that a policy can say: each process is sent its own."""
     return targets.numpy() if targets.is_floating_point() else targets.numpy().astype(np.int16)
+
+
+def _settings(config: PolicyConfig, name: str) -> dict[str, Any]:
+    return asdict(replace(config, shown=SHOWN.get(name)))
 
 
 def _length(kind: PolicyKind) -> int:

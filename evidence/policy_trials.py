@@ -4,15 +4,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
+from rfsq.evidence.belief_tokens import Believer, OnePass, TwoPasses
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.policy_driving import Cell, Driven, DrivingJob, drive, prepare
-from rfsq.evidence.policy_lessons import Lessons, encoded
+from rfsq.evidence.policy_lessons import AT_ONCE, IN_TWO_PASSES, Lessons, encoded
 from rfsq.evidence.policy_loop_results import EXPERT, LoopReport, LoopRun
 from rfsq.evidence.policy_recordings import DRIVEN_SEED, Recording
-from rfsq.evidence.policy_tokens import PolicyTokens
+from rfsq.evidence.policy_tokens import ChunkTokens, PolicyTokens
 from rfsq.evidence.policy_training import OAT_FILE, SeeingPolicies, load_oat, weights_file
 from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.generate_demonstrations import attempt_of
@@ -37,25 +39,34 @@ def decoders_of(
 
 @dataclass(frozen=True)
 class Trial:
-    """One row of the table. weights: of the policies, None for the expert; count, executed: as a Cell has them."""
+    """One row of the table. weights: of the policies, None for the expert; count, executed, way: as a Cell has them."""
 
     name: str
     weights: Path | None
     seeds: tuple[int, ...]
     count: int | None
     executed: int | None
+    way: str | None = None
 
 
 def trials_of(
-    policies: Mapping[Path, SeeingPolicies], prefixes: Mapping[str, Sequence[int]], executed: Sequence[int]
+    policies: Mapping[Path, SeeingPolicies],
+    prefixes: Mapping[str, Sequence[int]],
+    ways: Mapping[str, Sequence[str]],
+    executed: Sequence[int],
 ) -> list[Trial]:
-    """prefixes: numbers of tokens that are said, by name, where it is not all alone."""
+    """prefixes: numbers of tokens that are said, by name, where it is not all alone; ways: of decoding, by name, where
+    probabilities are decoded."""
     found = [Trial(EXPERT, None, (), None, None)]
     for steps in executed:
         for path, each in policies.items():
             kind = each.kind
             counts = [None] if kind.vocabulary is None else prefixes.get(kind.name, [kind.size])
-            found += [Trial(kind.name, path, tuple(each.by_seed), count, steps) for count in counts]
+            found += [
+                Trial(kind.name, path, tuple(each.by_seed), count, steps, way)
+                for count in counts
+                for way in ways.get(kind.name, [None])
+            ]
     return found
 
 
@@ -74,17 +85,18 @@ def jobs_of(trials: Sequence[Trial], tasks: Sequence[str], scenes: int) -> list[
 def _cells(trial: Trial) -> list[Cell | None]:
     if trial.executed is None:
         return [None]
-    return [Cell(trial.name, trial.count, trial.executed, seed) for seed in trial.seeds]
+    return [Cell(trial.name, trial.count, trial.executed, seed, trial.way) for seed in trial.seeds]
 
 
 @dataclass
 class Tally:
-    """What was driven so far: scenes, and after how many steps they were solved, by task, trial and seed."""
+    """What was driven so far: scenes, after how many steps they were solved, and errors, by task, trial and seed."""
 
-    found: dict[tuple[str, Cell | None], tuple[list[int], dict[int, int]]] = field(default_factory=dict)
+    found: dict[tuple[str, Cell | None], tuple[list[int], dict[int, int], list[float]]] = field(default_factory=dict)
 
     def add(self, driven: Driven) -> None:
-        scenes, solved = self.found.setdefault((driven.job.task, driven.job.cell), ([], {}))
+        scenes, solved, errors = self.found.setdefault((driven.job.task, driven.job.cell), ([], {}, []))
+        errors += driven.errors
         scenes += driven.job.numbers
         solved |= {
             number: steps for number, steps in zip(driven.job.numbers, driven.steps, strict=True) if steps is not None
@@ -97,16 +109,27 @@ class Tally:
                 runs = []
                 for cell in _cells(trial):
                     if (task, cell) in self.found:
-                        scenes, solved = self.found[task, cell]
+                        scenes, solved, errors = self.found[task, cell]
                         seed = None if cell is None else cell.seed
-                        runs.append(LoopRun(seed, len(scenes), tuple(sorted(solved.items()))))
+                        runs.append(
+                            LoopRun(seed, len(scenes), tuple(sorted(solved.items())), fmean(errors) if errors else None)
+                        )
                 if runs:
-                    yield LoopReport(task, trial.name, trial.count, trial.executed, tuple(runs))
+                    yield LoopReport(task, trial.name, trial.count, trial.executed, trial.way, tuple(runs))
+
+
+def believers_of(decoders: Sequence[PolicyTokens]) -> dict[str, Believer]:
+    """Of the policies that do not say their tokens one after the other, by their name."""
+    by_name = {each.name: each for each in decoders}
+    found: dict[str, Believer] = {AT_ONCE: OnePass(by_name[AT_ONCE])} if AT_ONCE in by_name else {}
+    if isinstance(chunk := by_name.get(IN_TWO_PASSES), ChunkTokens):
+        found[IN_TWO_PASSES] = TwoPasses(chunk)
+    return found
 
 
 def drive_all(jobs: Sequence[DrivingJob], decoders: Sequence[PolicyTokens], workers: int) -> Iterator[Driven]:
     """Each as soon as it is done. Raises EvidenceError."""
-    return in_processes(drive, jobs, workers, partial(prepare, decoders))
+    return in_processes(drive, jobs, workers, partial(prepare, decoders, believers_of(decoders)))
 
 
 def weights_in(folder: Path, names: Sequence[str]) -> list[Path]:

@@ -239,7 +239,7 @@ def _kept(build: ChunkBuilder, plan: ChunkPlan, signs: str, class_number: str) -
 
 def _latents(build: ChunkBuilder, plan: ChunkPlan, signs: str, index: str) -> str:
     """Latents [batch, M] of these classes, int32 [batch]."""
-    positions = _bit_positions(plan)
+    positions = bit_positions(plan)
     places = build.rows(positions.reshape(len(positions), -1), index, "bits.places")
     found = build.apply("GatherElements", [signs, places], "bits.found", axis=1)
     layers = build.reshape(found, (-1, *positions.shape[1:]), "layers")
@@ -257,7 +257,7 @@ def _latents(build: ChunkBuilder, plan: ChunkPlan, signs: str, index: str) -> st
     return build.apply("Mul", [spread, build.precise(width, "width.precise")], "latents")
 
 
-def _bit_positions(plan: ChunkPlan) -> npt.NDArray[np.int32]:
+def bit_positions(plan: ChunkPlan) -> npt.NDArray[np.int32]:
     """Where among the bits of all tokens those of each latent stand, int32 [C - 1, M, R], the highest first, R the most
     that a latent has; where it has fewer, the first bit behind the last token."""
     sizes = plan.sizes

@@ -16,6 +16,7 @@ from rfsq.calibration.chunk_report import class_use
 from rfsq.calibration.settings import ChunkConfig
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.c_source import CTokenizer
+from rfsq.export.chunk_belief_graphs import chunk_belief_graph
 from rfsq.export.chunk_c_source import c_chunk_tokenizer
 from rfsq.export.chunk_cuda_source import cuda_chunk_tokenizer
 from rfsq.export.chunk_graphs import chunk_decoder_graph, chunk_encoder_graph
@@ -80,11 +81,13 @@ class ChunkTokens:
         return {"checkpoint": {**self.checkpoint.provenance, "file": self.file}}
 
     def graphs(self) -> Sequence[tuple[GraphEntry, bytes]]:
-        """Encoder and decoder in every form. Raises GateError where one is not sound."""
+        """Encoder and decoder in every form, and a decoder of probabilities. Raises GateError where one is not
+        sound."""
         model, plan, found = self.model, self._plan, []
         for form in LinearForm:
             found.append(checked_graph(model, "encoder", model.depth, form, chunk_encoder_graph(plan, form)))
             found.append(checked_graph(model, "decoder", model.depth, form, chunk_decoder_graph(plan, form)))
+        found.append(checked_graph(model, "belief", model.depth, LinearForm.GEMM, chunk_belief_graph(plan)))
         return found
 
     def c_source(self) -> CTokenizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from rfsq.export.c_source import CTokenizer
 from rfsq.export.chunk_reference import ChunkReference
@@ -13,7 +13,7 @@ from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import check_graph
 from rfsq.export.reference import Reference, Section
 from rfsq.export.sources import BuildData
-from rfsq.runtime.bundle.manifest import GraphEntry, graph_tensors
+from rfsq.runtime.bundle.manifest import GraphEntry, GraphRole, graph_tensors
 from rfsq.runtime.bundle.models import ChunkModel, ModelEntry, StepModel
 
 
@@ -36,7 +36,8 @@ class Deployable(Protocol):
     def provenance(self) -> Mapping[str, Any]: ...
 
     def graphs(self) -> Sequence[tuple[GraphEntry, bytes]]:
-        """Encoder and decoders in every form, checked. Raises GateError where one is not sound."""
+        """Encoder and decoders in every form, and decoders of probabilities, checked. Raises GateError where one is not
+        sound."""
 
     def c_source(self) -> CTokenizer: ...
 
@@ -50,7 +51,7 @@ class Deployable(Protocol):
 
 
 def checked_graph(
-    model: ModelEntry, role: Literal["encoder", "decoder"], prefix: int, form: LinearForm, content: bytes
+    model: ModelEntry, role: GraphRole, prefix: int, form: LinearForm, content: bytes
 ) -> tuple[GraphEntry, bytes]:
     """A graph and its entry. Raises GateError where it is not sound."""
     is_whole = prefix == model.depth

@@ -14,7 +14,7 @@ from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 _MISH_OVERFLOW = 44.0
 
 
-class _LayerBuilder(GraphBuilder):
+class LayerBuilder(GraphBuilder):
     """What the graphs of an autoencoder are made of."""
 
     def linear(self, value: str, layer: Affine, output: str) -> str:
@@ -66,7 +66,7 @@ class _LayerBuilder(GraphBuilder):
 
 def encoder_graph(plan: EncoderPlan, form: LinearForm = LinearForm.GEMM) -> bytes:
     """actions float32 [batch, T, A] -> tokens int32 [batch, T, D, L] (and stats float32 [batch, T, L, 2])."""
-    build = _LayerBuilder(form)
+    build = LayerBuilder(form)
     flat = build.reshape("actions", (-1, plan.action_dim), "steps")
     if form.is_marked:
         # An infinite sum can end as a latent like any other; a NaN reaches every latent of its step.
@@ -96,7 +96,7 @@ def encoder_graph(plan: EncoderPlan, form: LinearForm = LinearForm.GEMM) -> byte
 
 def decoder_graph(plan: DecoderPlan, form: LinearForm = LinearForm.GEMM) -> bytes:
     """tokens int32 [batch, T, D, l] (and stats float32 [batch, T, l, 2]) -> actions float32 [batch, T, A]."""
-    build = _LayerBuilder(form)
+    build = LayerBuilder(form)
     inputs = [batched("tokens", TensorProto.INT32, plan.chunk_length, plan.latent_dim, plan.prefix)]
     numbers = build.apply("Cast", ["tokens"], "levels", to=TensorProto.FLOAT)
     if form.is_marked:
@@ -108,8 +108,7 @@ def decoder_graph(plan: DecoderPlan, form: LinearForm = LinearForm.GEMM) -> byte
         flat = _latents_from_stats(build, plan, numbers)
     else:
         flat = build.reshape(numbers, (-1, plan.latent_dim * plan.prefix), "levels.flat")
-    largest = math.inf if plan.has_stats else _largest_sum(plan.first, plan.num_levels - 1)
-    hidden = build.mish(build.linear(flat, plan.first, "inner"), "hidden", largest=largest)
+    hidden = build.mish(build.linear(flat, plan.first, "inner"), "hidden", largest=largest_sum(plan))
     outer = build.linear(hidden, plan.second, "outer")
     if plan.offset.any():
         outer = build.apply("Add", [outer, build.constant("offset", plan.offset)], "outer.with_offset")
@@ -117,7 +116,7 @@ def decoder_graph(plan: DecoderPlan, form: LinearForm = LinearForm.GEMM) -> byte
     return build.model("decoder", inputs, [batched("actions", TensorProto.FLOAT, plan.chunk_length, plan.action_dim)])
 
 
-def _affine_layers(build: _LayerBuilder, plan: EncoderPlan, quantizer: AffineQuantizer, columns: str) -> str:
+def _affine_layers(build: LayerBuilder, plan: EncoderPlan, quantizer: AffineQuantizer, columns: str) -> str:
     """Levels as floats [N, D, L]."""
     center = middle_level(plan.num_levels)
     bounds = build.scalar("lowest", -center), build.scalar("highest", plan.num_levels - 1 - center)
@@ -135,7 +134,7 @@ def _affine_layers(build: _LayerBuilder, plan: EncoderPlan, quantizer: AffineQua
     return build.apply("Add", [stacked, build.scalar("middle_level", center)], "levels")
 
 
-def _dynamic_layers(build: _LayerBuilder, plan: EncoderPlan, columns: str) -> tuple[str, list[str]]:
+def _dynamic_layers(build: LayerBuilder, plan: EncoderPlan, columns: str) -> tuple[str, list[str]]:
     """Levels as floats [N, D, L], and per layer the statistics [N, 1, 2] when the plan gives them."""
     half_range = (plan.num_levels - 1) / 2
     axis = build.constant("latent_axis", np.array([1], np.int64))
@@ -165,7 +164,7 @@ def _dynamic_layers(build: _LayerBuilder, plan: EncoderPlan, columns: str) -> tu
     return build.stack(levels, "levels"), stats
 
 
-def _latents_from_stats(build: _LayerBuilder, plan: DecoderPlan, numbers: str) -> str:
+def _latents_from_stats(build: LayerBuilder, plan: DecoderPlan, numbers: str) -> str:
     """sum over l of grid * sigma + mean: levels [batch, T, D, l] and stats to latents [N, D]."""
     grid = build.grid(numbers, (plan.num_levels - 1) / 2)
     turned = build.apply("Transpose", ["stats"], "stats.turned", perm=[0, 1, 3, 2])
@@ -178,7 +177,9 @@ def _latents_from_stats(build: _LayerBuilder, plan: DecoderPlan, numbers: str) -
     return build.reshape(latents, (-1, plan.latent_dim), "latents.flat")
 
 
-def _largest_sum(layer: Affine, largest_input: float) -> float:
-    """The most that any output can be for inputs between 0 and `largest_input`."""
-    weight = layer.weight.astype(np.float64)
-    return float((weight.clip(min=0).sum(axis=1) * largest_input + layer.bias).max())
+def largest_sum(plan: DecoderPlan) -> float:
+    """The most that any sum of the first layer can be for tokens 0 ... K - 1; infinite where it takes latents."""
+    if plan.has_stats:
+        return math.inf
+    weight = plan.first.weight.astype(np.float64)
+    return float((weight.clip(min=0).sum(axis=1) * (plan.num_levels - 1) + plan.first.bias).max())

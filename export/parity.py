@@ -21,19 +21,25 @@ from polygraphy.logger import G_LOGGER
 # Before Polygraphy opens ONNX Runtime: switches its telemetry off.
 import rfsq.runtime.backends.onnxruntime  # noqa: F401
 from rfsq.calibration.readout import held_out_warning
+from rfsq.export.belief_vectors import belief_vectors
 from rfsq.export.chunk_reference import ChunkReference
+from rfsq.export.graph_builder import LinearForm
 from rfsq.export.onnx_evaluator import onnx_evaluator
 from rfsq.export.proving import failures
 from rfsq.export.reference import AS_TRAINED, EDGES, REFITTED, Answers, Reference, Section
+from rfsq.runtime.backends.belief_replay import judge_beliefs, no_temperature
+from rfsq.runtime.backends.beliefs import BeliefCall, coarse_layers, decodes_beliefs
 from rfsq.runtime.backends.contract import Backend, judged
+from rfsq.runtime.backends.graph_beliefs import graph_inputs
 from rfsq.runtime.backends.refusal import judge_refusal
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array
-from rfsq.runtime.bundle.comparison import TokenComparison, action_errors
+from rfsq.runtime.bundle.comparison import TokenComparison, action_errors, std_error
 from rfsq.runtime.bundle.console import ProgressLine, aligned
 from rfsq.runtime.bundle.fidelity import Fidelity
 from rfsq.runtime.bundle.gates import GATES, near_tie_cap
 from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.golden_beliefs import BeliefCase
 from rfsq.runtime.bundle.manifest import GraphEntry, ParityEntry
 from rfsq.runtime.bundle.models import ModelEntry
 
@@ -42,9 +48,11 @@ _Arrays = Mapping[str, npt.NDArray[Any]]
 _BATCH_STEPS = 8192
 #: Control steps of each section that travel with the bundle as golden vectors; the edges travel whole.
 _GOLDEN_STEPS = 192
-#: Chunks that a graph is run on at once. Of TensorRT's form a runtime that fuses nothing holds every product: of one
-#: chunk of 26 dimensions, 16 steps and 64 classes, 34 MB.
-_GRAPH_CHUNKS = 8
+#: Chunks whose beliefs are decoded by each backend.
+_BELIEFS = 64
+#: Chunks that a graph is run on at once. A call takes longest to begin, but of TensorRT's form a runtime that fuses
+#: nothing holds every product: of one chunk of 26 dimensions, 16 steps and 64 classes, 34 MB.
+_GRAPH_CHUNKS, _REDUCE_CHUNKS = 32, 8
 
 
 def batches(reference: Reference | ChunkReference, sections: Sequence[Section]) -> Iterator[Answers]:
@@ -174,10 +182,34 @@ def prove(
         progress.show(f"  parity gates: {done:,} of {total:,} steps")
     progress.clear()
     parity = tuple(entry for judge in judges for entry in judge.entries())
+    parity += _belief_entries(model, golden, reference, backends)
     problems = failures(parity)
     for backend in backends:
         problems += [f"{backend.name}, golden vectors: {check}" for check in replay(golden, model, backend).failures]
     return parity, problems
+
+
+def _belief_entries(
+    model: ModelEntry, golden: Golden, reference: Reference | ChunkReference, backends: Sequence[Backend]
+) -> tuple[ParityEntry, ...]:
+    """The gates of beliefs, on more of them than travel with the bundle."""
+    beliefs = belief_vectors(reference.model, model, golden.tokens, _BELIEFS, seed=1)
+    if beliefs is None:
+        return ()
+    return tuple(
+        ParityEntry(
+            backend.name,
+            check.gate,
+            _BELIEFS * model.chunk_length,
+            check.value,
+            check.limit,
+            check.detail,
+            backend.device,
+        )
+        for backend in backends
+        if decodes_beliefs(backend)
+        for check in judge_beliefs(beliefs, model, backend, _BELIEFS)
+    )
 
 
 def closing_tables(
@@ -242,6 +274,7 @@ def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: Mod
     """Run the graph on two independent runtimes; a line for everything in which either leaves the reference."""
     evaluator = onnx_evaluator(onnx_bytes)
     session = SessionFromOnnx(onnx_bytes, providers=["cpu"])
+    size = _REDUCE_CHUNKS if entry.form == LinearForm.REDUCE.value else _GRAPH_CHUNKS
     problems = []
 
     def evaluated(feed: _Feed) -> _Arrays:
@@ -250,12 +283,9 @@ def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: Mod
             return dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True))
 
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(session) as runtime:
-        for feed, expected in _feeds(entry, golden, model):
-            answers = {
-                "ONNX Runtime": _in_parts(runtime.infer, feed),
-                "onnx reference evaluator": _in_parts(evaluated, feed),
-            }
-            judged = ((name, _disagreement(entry, golden, model, expected, found)) for name, found in answers.items())
+        runs = {"ONNX Runtime": runtime.infer, "onnx reference evaluator": evaluated}
+        for feed, disagreement in _trials(entry, golden, model):
+            judged = ((name, disagreement(_in_parts(run, feed, size))) for name, run in runs.items())
             problems += [f"{entry.file} on {name}: {wrong}" for name, wrong in judged if wrong]
     return problems
 
@@ -263,11 +293,40 @@ def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: Mod
 _Feed = dict[str, npt.NDArray[Any]]
 
 
-def _in_parts(run: Callable[[_Feed], _Arrays], feed: _Feed) -> _Feed:
-    """What `run` makes of the feed, a few chunks at a time."""
-    starts = range(0, len(next(iter(feed.values()))), _GRAPH_CHUNKS)
-    parts = [run({name: array[start : start + _GRAPH_CHUNKS] for name, array in feed.items()}) for start in starts]
+def _in_parts(run: Callable[[_Feed], _Arrays], feed: _Feed, size: int) -> _Feed:
+    """What `run` makes of the feed, so many chunks at a time."""
+    starts = range(0, len(next(iter(feed.values()))), size)
+    parts = [run({name: array[start : start + size] for name, array in feed.items()}) for start in starts]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _trials(entry: GraphEntry, golden: Golden, model: ModelEntry) -> Iterator[tuple[_Feed, Callable[[_Arrays], str]]]:
+    """What the graph is run on, and what says where its answers are wrong."""
+    if entry.role == "belief":
+        yield from _belief_trials(entry, golden, model)
+        return
+    for feed, expected in _feeds(entry, golden, model):
+        yield feed, functools.partial(_disagreement, entry, golden, model, expected)
+
+
+def _belief_trials(
+    entry: GraphEntry, golden: Golden, model: ModelEntry
+) -> Iterator[tuple[_Feed, Callable[[_Arrays], str]]]:
+    for case in golden.beliefs.cases(model) if golden.beliefs is not None else ():
+        if model.graph_of(case.prefix) == entry.prefix:
+            call = BeliefCall(is_logits=True, keeps_mode=case.keeps_mode, coarse=coarse_layers(model))
+            inputs = graph_inputs(model, case.given, no_temperature(case.given), call)
+            names = (tensor.name for tensor in entry.inputs)
+            feed: _Feed = dict(zip(names, inputs.arrays, strict=True))
+            yield feed, functools.partial(_belief_disagreement, case, model)
+
+
+def _belief_disagreement(case: BeliefCase, model: ModelEntry, outputs: _Arrays) -> str:
+    error = action_errors(case.actions, outputs["actions"], model.action_units)
+    if not error.value <= GATES.action_error:
+        return f"action error {error.value:g}, expected at most {GATES.action_error:g}: {error}"
+    wrong = std_error(case.std, outputs["std"], model.action_units)
+    return "" if wrong <= GATES.std_error else f"std error {wrong:g}, expected at most {GATES.std_error:g}"
 
 
 def _feeds(entry: GraphEntry, golden: Golden, model: ModelEntry) -> Iterator[tuple[_Feed, Float64Array]]:

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from rfsq.export.belief_vectors import belief_vectors
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.chunk_tokens import load_chunk_tokens
@@ -149,6 +150,7 @@ def _examine(
     model, sections = draft.model, tokens.sections(config.parity_steps)
     with phase("write golden vectors") as current:
         golden = golden_vectors(tokens.reference, sections)
+        golden = replace(golden, beliefs=belief_vectors(tokens.reference.model, model, golden.tokens))
         staged.write(GOLDEN_NAME, write_golden(golden))
         current.note(f"{golden.actions.shape[0]} chunks of {model.chunk_length} steps")
     with phase("cross-check graphs") as current:

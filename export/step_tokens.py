@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rfsq.calibration.settings import ReadoutChoice, ReadoutConfig
+from rfsq.export.belief_graphs import belief_graph
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.c_source import CTokenizer, c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
@@ -86,12 +87,16 @@ class StepTokens:
         }
 
     def graphs(self) -> Sequence[tuple[GraphEntry, bytes]]:
-        """The encoder and one decoder for each prefix, in every form. Raises GateError where one is not sound."""
+        """The encoder and one decoder for each prefix, in every form, and one of probabilities. Raises GateError where
+        one is not sound."""
         model, found = self.model, []
         for form in LinearForm:
             found.append(checked_graph(model, "encoder", model.depth, form, encoder_graph(self._encoder, form)))
             for decoder in self._decoders:
                 found.append(checked_graph(model, "decoder", decoder.prefix, form, decoder_graph(decoder, form)))
+        for decoder in self._decoders if not model.has_stats else ():
+            content = belief_graph(decoder)
+            found.append(checked_graph(model, "belief", decoder.prefix, LinearForm.GEMM, content))
         return found
 
     def c_source(self) -> CTokenizer:

@@ -41,25 +41,23 @@ def step_belief(
 
     generator: of samples. Raises NotDecodableError where tokens need the statistics of the encoder.
     """
-    if model.conditioning is Conditioning.DYNAMIC and model.recovered is None:
+    if model.conditioning is Conditioning.DYNAMIC and not model.recovered:
         raise NotDecodableError("statistics of every layer travel beside these tokens, and no policy predicts them")
     likeliest = probabilities[..., :coarse, :].max(dim=-1)
-    known = probabilities
-    if mode == "likeliest mode":
-        known = torch.cat((_one_hot(likeliest.indices, probabilities), probabilities[..., coarse:, :]), dim=-2)
-    elif mode == "sample":
-        known = _one_hot(_drawn(probabilities, generator), probabilities)
-    mean, variance = _moments(known)
+    chosen, known = likeliest.indices, probabilities
+    tokens = _drawn(probabilities, generator) if mode == "sample" else None
+    if mode != "expected":
+        chosen = chosen if tokens is None else tokens[..., :coarse]
+        known = torch.cat((_one_hot(chosen, probabilities), probabilities[..., coarse:, :]), dim=-2)
+    mean, variance = (part.flatten(-2) for part in _moments(known))
     matrix, offset = model.token_map(probabilities.shape[-2])
     (first, second), units = linear_layers(model.decoder), model.units
-    hidden = first(mean.flatten(-2) @ matrix.T + offset)
+    hidden = first(mean @ matrix.T + offset)
     actions = second(functional.mish(hidden)) * units + model.offset
     slope = (second.weight * _mish_slope(hidden).unsqueeze(-2)) @ first.weight @ matrix
-    if mode == "sample":
-        # What was drawn is certain but for what lies within its mode.
-        variance = torch.cat((variance[..., :coarse], _moments(probabilities)[1][..., coarse:]), dim=-1)
-    std = _root((slope.square() * variance.flatten(-2).unsqueeze(-2)).sum(-1)) * units
-    chosen = likeliest.indices if mode != "sample" else known[..., :coarse, :].argmax(-1)
+    std = _root((slope.square() * variance.unsqueeze(-2)).sum(-1)) * units
+    # What was drawn is certain; std is of what its mode leaves open.
+    actions = actions if tokens is None else model.decode(tokens)
     return Belief(actions, std, likeliest.values.flatten(1).amin(1), chosen)
 
 
@@ -131,9 +129,11 @@ def _in_class(code: ChunkCode, bits: Tensor, index: int) -> tuple[Tensor, Tensor
         return _in_escape(bits, code.sizes.num_values)
     length, latents = bits.shape[1], code.scale.shape[1]
     order, rank = code.order[index, :length], code.rank[index, :length]
+    # Not ldexp of the bits: its gradient is 0 where the exponent is negative.
+    weight = torch.ldexp(torch.ones_like(rank, dtype=bits.dtype), -rank)
     y, spread = (
         torch.zeros(len(bits), latents, dtype=bits.dtype, device=bits.device).index_add(1, order, part)
-        for part in (torch.ldexp(2 * bits - 1, -(rank + 1)), torch.ldexp(bits * (1 - bits), -2 * rank))
+        for part in ((bits - 0.5) * weight, bits * (1 - bits) * weight.square())
     )
     count = bit_counts(order.unsqueeze(0), latents)[0]
     width = WIDTH * code.gain[index].gather(1, count.unsqueeze(1))[:, 0] * code.scale[index]

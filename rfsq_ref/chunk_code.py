@@ -159,6 +159,12 @@ class ChunkCode(nn.Module):
         self.register_buffer("counts", torch.stack(counts), persistent=False)
 
     @property
+    def constants(self) -> ChunkConstants:
+        """What the code is made of."""
+        tensors = self.mean, self.basis, self.scale, self.gain, self.order
+        return ChunkConstants(*tensors, self.budgets, self.weights)
+
+    @property
     def budget_bits(self) -> tuple[int, ...]:
         """Code bits at each budget."""
         return tuple(budget * self.sizes.token_bits - self.sizes.class_bits for budget in self.budgets)

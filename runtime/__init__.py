@@ -14,6 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from .bundle.belief_settings import BeliefSettings as BeliefSettings
+    from .bundle.belief_settings import load_belief_settings as load_belief_settings
     from .bundle.compatibility import require_compatible as require_compatible
     from .bundle.errors import BackendUnavailableError as BackendUnavailableError
     from .bundle.errors import BundleError as BundleError
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 #: Module to the names that are loaded from it.
 _NAMES = {
+    "bundle.belief_settings": ("BeliefSettings", "load_belief_settings"),
     "bundle.compatibility": ("require_compatible",),
     "bundle.errors": (
         "BackendUnavailableError",

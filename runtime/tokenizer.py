@@ -11,6 +11,7 @@ import numpy as np
 
 from .backends.contract import MOST_CHUNKS, Backend, BoundCall, GpuArrayLike
 from .backends.registry import GPU_BACKENDS, select_backend
+from .belief_methods import DecodesProbabilities
 from .bundle.arrays import Codes, Float32Array, Int32Array
 from .bundle.errors import CannotCopyError, IllegalValueError, InvalidInputError, TokenizerError
 from .bundle.fidelity import Grade
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
-class ActionTokenizer:
+class ActionTokenizer(DecodesProbabilities):
     """A bundle, opened and verified. B is any batch size, 0 included; T, A, D, L and K are the model's. Per-step
     tokens are int32 [B, T, D, L], chunk tokens int32 [B, L]: so wherever [B, T, D, L] stands below.
 
@@ -393,6 +394,6 @@ def codes_of(tokenizer: ActionTokenizer, actions: Float32Array) -> Codes:
 _OPENED = frozenset(
     {
         *("_manifest", "_model", "golden", "_backend", "_validator", "_unchecked_chunks"),
-        *("_encoded", "_decoded", "_last_encoded", "_last_decoded", "_gpu_calls", "_is_closed"),
+        *("_encoded", "_decoded", "_last_encoded", "_last_decoded", "_gpu_calls", "_is_closed", "_belief_decoder"),
     }
 )

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rfsq.export.belief_graphs import belief_graph
+from rfsq.export.belief_vectors import belief_vectors
 from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.c_builder import compile_c
 from rfsq.export.c_source import CTokenizer, c_tokenizer
@@ -31,6 +33,7 @@ from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.fidelity import fidelity
 from rfsq.runtime.bundle.gates import highest_limit, missing_gates, promised_refusal
 from rfsq.runtime.bundle.golden import Golden, write_golden
@@ -42,6 +45,7 @@ from rfsq.runtime.bundle.manifest import (
     SCHEMA_VERSION,
     EngineEntry,
     GraphEntry,
+    GraphRole,
     Manifest,
     ParityEntry,
     QualityEntry,
@@ -61,6 +65,7 @@ class Recipe:
     knows_actions: whether the decoder's last layer is fitted, so that decoded actions resemble those that were encoded:
     what a model with random weights alone gives is worthless.
     error: what the manifest says of every action, in units of the normaliser; None where it says nothing.
+    has_beliefs: False for a bundle as it was built before beliefs were decoded.
     c_targets: what the generated C is compiled for; empty for the source alone, None for no C at all.
     compute_capability: of the GPU that the generated CUDA is compiled for; None for no CUDA at all.
     """
@@ -75,6 +80,7 @@ class Recipe:
     has_engine: bool = True
     knows_actions: bool = False
     error: float | None = None
+    has_beliefs: bool = True
     c_targets: tuple[str, ...] | None = None
     compute_capability: str | None = None
     seed: int = 0
@@ -183,6 +189,8 @@ def export_graphs(deployed: Deployed) -> dict[str, bytes]:
         for prefix in deployed.prefixes:
             decoder = plan_decoder(model, recipe.mode, recipe.chunk_length, prefix)
             graphs[graph_file(_decoder_file(deployed, prefix), form)] = decoder_graph(decoder, form)
+            if _has_beliefs(recipe):
+                graphs[_belief_file(deployed, prefix)] = belief_graph(decoder)
     return graphs
 
 
@@ -217,7 +225,7 @@ def golden_vectors(deployed: Deployed) -> Golden:
     most_flips = int(
         highest_limit("encode: near-tie flips", steps, recipe.config.latent_dim, recipe.config.num_layers) or 0
     )
-    return Golden(
+    golden = Golden(
         actions=actions,
         tokens=tokens.numpy().astype(np.int32),
         margins=margins.numpy().astype(np.float32),
@@ -227,6 +235,9 @@ def golden_vectors(deployed: Deployed) -> Golden:
         near_tie_cap=min(int((margins <= bounds).sum()), most_flips),
         flip_tolerance=float(2 * coding_error.max() + 1e-5),
     )
+    if not _has_beliefs(recipe):
+        return golden
+    return replace(golden, beliefs=belief_vectors(model, model_entry(deployed), golden.tokens))
 
 
 def closest_to_edges(model: ActionAutoencoder, actions: np.ndarray, num_chunks: int) -> np.ndarray:
@@ -251,9 +262,10 @@ def quality_of(manifest: Manifest, error: float = 0.01) -> QualityEntry:
     return QualityEntry("held-out episodes", "own.npz", "0" * 64, found)
 
 
-def make_manifest(deployed: Deployed) -> Manifest:
+def model_entry(deployed: Deployed) -> StepModel:
+    """What the manifest says of the model."""
     recipe, model = deployed.recipe, deployed.reference
-    entry = StepModel(
+    return StepModel(
         mode=recipe.mode.value,
         chunk_length=recipe.chunk_length,
         action_dim=recipe.config.action_dim,
@@ -266,13 +278,24 @@ def make_manifest(deployed: Deployed) -> Manifest:
         action_units=tuple(model.units.tolist()),
         action_offset=tuple(model.offset.tolist()),
     )
-    named = [("encoder.onnx", "encoder", entry.num_layers)]
+
+
+def make_manifest(deployed: Deployed) -> Manifest:
+    recipe, entry = deployed.recipe, model_entry(deployed)
+    named: list[tuple[str, GraphRole, int]] = [("encoder.onnx", "encoder", entry.num_layers)]
     named += [(_decoder_file(deployed, prefix), "decoder", prefix) for prefix in entry.prefixes]
     graphs = [
         GraphEntry(graph_file(file, form), role, prefix, form.value, *graph_tensors(entry, role, prefix))
         for form in LinearForm
         for file, role, prefix in named
     ]
+    if _has_beliefs(recipe):
+        graphs += [
+            GraphEntry(
+                _belief_file(deployed, prefix), "belief", prefix, "gemm", *graph_tensors(entry, "belief", prefix)
+            )
+            for prefix in entry.prefixes
+        ]
     return Manifest(
         schema_version=SCHEMA_VERSION,
         fingerprint=fingerprint_of(recipe),
@@ -289,7 +312,8 @@ def make_manifest(deployed: Deployed) -> Manifest:
 def proven(backend: str, device: str, model: ModelEntry) -> tuple[ParityEntry, ...]:
     """What a build records that has run all gates."""
     refusal = promised_refusal(backend, model.chunk_length)
-    gates = missing_gates((), model.decoders, has_stats=model.has_stats, refusal=refusal)
+    has_beliefs = BACKENDS[backend].decodes_beliefs and not model.has_stats
+    gates = missing_gates((), model.decoders, has_stats=model.has_stats, refusal=refusal, has_beliefs=has_beliefs)
     return tuple(ParityEntry(backend, gate, 120_000, 0, 0, "", device) for gate in gates)
 
 
@@ -383,6 +407,19 @@ def bundle_files(folder: Path) -> list[str]:
 
 def _decoder_file(deployed: Deployed, prefix: int) -> str:
     return "decoder.onnx" if prefix == deployed.recipe.config.num_layers else f"decoder_l{prefix}.onnx"
+
+
+def without_beliefs(manifest: Manifest) -> Manifest:
+    """As it would be without graphs that decode them."""
+    return replace(manifest, graphs=tuple(entry for entry in manifest.graphs if entry.role != "belief"))
+
+
+def _has_beliefs(recipe: Recipe) -> bool:
+    return recipe.has_beliefs and not recipe.mode.has_stats
+
+
+def _belief_file(deployed: Deployed, prefix: int) -> str:
+    return _decoder_file(deployed, prefix).replace("decoder", "belief")
 
 
 def _recover(model: ActionAutoencoder, prefixes: Sequence[int]) -> dict[int, RecoveredDecoder]:

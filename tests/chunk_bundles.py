@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rfsq.export.belief_vectors import belief_vectors
 from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.c_builder import compile_c
 from rfsq.export.chunk_reference import ChunkReference
@@ -103,7 +104,9 @@ def write_chunk_bundle(output: Path, recipe: ChunkRecipe, *, overwrite: bool = F
         for graph, content in graphs:
             staged.write(graph.file, content)
         answers = tokens.reference.answer(random_chunks(tokens.reference.model, recipe.num_chunks))
-        staged.write(GOLDEN_NAME, write_golden(tokens.reference.golden(answers.expected)))
+        golden = tokens.reference.golden(answers.expected)
+        golden = replace(golden, beliefs=belief_vectors(tokens.reference.model, tokens.model, golden.tokens))
+        staged.write(GOLDEN_NAME, write_golden(golden))
         entries = tuple(graph for graph, _ in graphs)
         model, tools, provenance = tokens.model, {"numpy": np.__version__}, {"checkpoint": {"file": "random"}}
         parity = proven("onnxruntime", "CPU", model)

@@ -55,6 +55,8 @@ NOT_RUN = {
     r"nvidia-cuda-mps-control": "needs a GPU",
     r"python evidence/train_peers.py": "needs a GPU, for minutes; tests/evidence/test_chunk_comparison.py is quicker",
     r"python evidence/policy_study.py": "needs a GPU, for minutes; tests/evidence/test_policy_study.py is quicker",
+    r"python evidence/belief_study.py": "needs a GPU, for minutes; tests/evidence/test_belief_study.py is quicker",
+    r"python calibration/fit.py .*--beliefs": "needs a policy; tests/calibration/test_belief_fitting.py has one",
     r"python evidence/policy_loop.py": "needs a GPU and the simulator; tests/evidence/test_policy_loop.py is quicker",
     r"python evidence/compare_chunks.py": "minutes; tests/evidence/test_chunk_comparison.py is quicker",
     r"python -m tests\.parity": "take many minutes; tests/parity/test_sizes.py is quicker",
@@ -110,10 +112,14 @@ def reason(command: str) -> str | None:
 
 
 def quickened(command: str) -> str:
-    """Trained as long and judged on as many steps as tests can wait for."""
+    """Trained as long, judged on as many steps and timed as often as tests can wait for."""
     command = re.sub(r"\s+#.*", "", command)
     if "bench.py" in command:
-        return f"{command} --backend c"
+        return f"{command} --backend c --rounds 1"
+    if "make time-c" in command:
+        return f"{command} STEPS=10000"
+    if "study.py" in command:
+        return command.replace("episodes.hdf5", "few_episodes.hdf5")
     if "--kind chunk" in command:
         command += " --classes 8"
         # Of `make engine` there is one already.
@@ -123,7 +129,7 @@ def quickened(command: str) -> str:
     if "build_engine.py" not in command or "--from-bundle" in command:
         return command
     if re.search("--conditioning (recovered|dynamic)", command) and "--checkpoint" not in command:
-        command += " --checkpoint seed0.safetensors --data episodes.hdf5"
+        command += " --checkpoint model.pt --data episodes.hdf5"
     return f"{command} --parity-steps 2000 --backend c onnxruntime"
 
 
@@ -133,7 +139,8 @@ def bundle_of(command: str, folder: Path, factory: pytest.TempPathFactory) -> Pa
     Returns a folder to copy from.
     """
     command = quickened(command)
-    what = " ".join(re.sub(r"--output \S+|--overwrite", "", command).split())
+    # The order of options does not matter.
+    what = " ".join(sorted(re.split(r"\s+(?=--)", re.sub(r"\s*(--output \S+|--overwrite)", "", command))))
 
     def build(path: Path) -> None:
         done = run(command, folder)
@@ -188,9 +195,10 @@ def workspace(
     torch.save({"model": published.state_dict(), "config": published.config}, tmp_path / "model.pt")
     for name in ("seed0", "seed1"):
         save_checkpoint(robust, tmp_path / f"{name}.safetensors")
-    with h5py.File(tmp_path / "episodes.hdf5", "w") as file:
-        for index, episode in enumerate(demonstrations.episodes[:12]):
-            file[f"data/demo_{index}/actions"] = episode[:80]
+    for name, count, length in (("episodes", 12, 80), ("few_episodes", 8, 40)):
+        with h5py.File(tmp_path / f"{name}.hdf5", "w") as file:
+            for index, episode in enumerate(demonstrations.episodes[:count]):
+                file[f"data/demo_{index}/actions"] = episode[:length]
     np.zeros((1, 8, 16, 8), np.int32).tofile(tmp_path / "tokens.bin")
     config = ControlConfig(0.05, (-1.0,) * 7, (1.0,) * 7, (0.5,) * 7, (ActionKind.DELTA,) * 7)
     with ActionTokenizer.load(built) as tokenizer, ControlDecoder(tokenizer, config) as decoder:

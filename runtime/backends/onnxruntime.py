@@ -23,6 +23,8 @@ from ..bundle.arrays import AnyArray, Float32Array, Int32Array
 from ..bundle.errors import BackendUnavailableError, BundleError, InferenceError
 from ..bundle.folder import Bundle
 from ..bundle.manifest import GraphEntry, TensorEntry
+from .beliefs import BeliefCall
+from .graph_beliefs import GraphBeliefs
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class OrtBackend:
 
     def __init__(self, bundle: Bundle, *, num_threads: int = 1) -> None:
         self._open(bundle, "CPU", bundle.manifest.graphs_of("gemm"), num_threads, _CPU_PROVIDERS)
+        for entry in bundle.manifest.belief_graphs:
+            self._belief_graphs[entry.prefix] = BoundGraph(bundle, entry, num_threads, _CPU_PROVIDERS)
 
     def _open(
         self, bundle: Bundle, device: str, graphs: Sequence[GraphEntry], num_threads: int, providers: Providers
@@ -72,6 +76,8 @@ class OrtBackend:
         graphs_by_prefix = {entry.prefix: BoundGraph(bundle, entry, num_threads, providers) for entry in decoders}
         model = bundle.manifest.model
         self._decoders = {prefix: graphs_by_prefix[model.graph_of(prefix)] for prefix in model.prefixes}
+        self._belief_graphs: dict[int, BoundGraph] = {}
+        self._beliefs = GraphBeliefs(model, self._belief_graphs, self.decode_into)
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._encoder.run(actions, None, tokens, stats)
@@ -79,14 +85,32 @@ class OrtBackend:
     def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
         self._decoders[tokens.shape[-1]].run(tokens, stats, actions, None)
 
+    @property
+    def has_beliefs(self) -> bool:
+        """Whether this bundle has graphs for them."""
+        return bool(self._belief_graphs)
+
+    # As in the contract.
+    def decode_belief_into(  # noqa: PLR0913
+        self,
+        given: tuple[Float32Array, ...],
+        sharpness: Float32Array,
+        call: BeliefCall,
+        actions: Float32Array,
+        std: Float32Array,
+        mode_probability: Float32Array,
+    ) -> None:
+        self._beliefs.decode_into(given, sharpness, call, actions, std, mode_probability)
+
     def close(self) -> None:
         self._encoder.close()
-        for decoder in self._decoders.values():
+        for decoder in (*self._decoders.values(), *self._belief_graphs.values()):
             decoder.close()
 
 
 class BoundGraph:
-    """One session, with an input and an output, and statistics beside one of them in `dynamic` bundles."""
+    """One session, with one or two inputs and one or two outputs, the second of either called statistics here, as those
+    of `dynamic` bundles are."""
 
     def __init__(self, bundle: Bundle, entry: GraphEntry, num_threads: int, providers: Providers) -> None:
         self._inputs, self._outputs, self._providers = entry.inputs, entry.outputs, providers

@@ -12,7 +12,10 @@ from ..bundle.comparison import action_errors
 from ..bundle.errors import TokenizerError
 from ..bundle.gates import GATES, Check
 from ..bundle.golden import Golden
+from ..bundle.golden_beliefs import NUM_BELIEFS
 from ..bundle.models import ModelEntry
+from .belief_replay import judge_beliefs
+from .beliefs import decodes_beliefs
 from .contract import Backend, judged
 from .refusal import judge_refusal
 
@@ -53,6 +56,7 @@ def replay(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
             checks += _Run(vectors, model, variant, batch_size, label).checks()
     for name, variant in judged(backend).items():
         checks += _refusal_checks(model, variant, name)
+    checks += _belief_checks(golden, model, backend)
     return ReplayResult(tuple(checks))
 
 
@@ -62,6 +66,18 @@ def _refusal_checks(model: ModelEntry, backend: Backend, variant: str) -> Iterat
             yield replace(check, gate=f"{variant}, {check.gate}") if variant else check
     except TokenizerError as error:
         yield Check("illegal values", np.inf, GATES.illegal_values, str(error))
+
+
+def _belief_checks(golden: Golden, model: ModelEntry, backend: Backend) -> Iterator[Check]:
+    """Of a backend that decodes beliefs; golden vectors that have none fail it."""
+    if not decodes_beliefs(backend):
+        return
+    if golden.beliefs is None:
+        yield Check("beliefs: action error", np.inf, GATES.action_error, "there are no golden vectors of beliefs")
+        return
+    for batch_size in (1, NUM_BELIEFS):
+        for check in judge_beliefs(golden.beliefs, model, backend, batch_size):
+            yield replace(check, gate=check.gate.replace("beliefs", f"beliefs, batch {batch_size}"))
 
 
 class _Run:

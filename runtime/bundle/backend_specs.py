@@ -24,6 +24,7 @@ class BackendSpec:
     without, the call raises InferenceError. checked_steps: in calls of up to so many steps it checks values itself and
     raises IllegalValueError. has_targets: one machine runs several kinds of its engines, each for another kind of
     processor (`backends/cpu_targets.py`); the factory takes the kind as its last argument, and the best one without.
+    decodes_beliefs: it decodes probabilities, of bundles that have golden vectors for that (`backends/beliefs.py`).
 
     >>> BACKENDS["c"].is_on_gpu, BACKENDS["cuda"].engine_source
     (False, 'cuda')
@@ -40,6 +41,7 @@ class BackendSpec:
     survives_fork: bool = False
     checked_steps: int = 0
     has_targets: bool = False
+    decodes_beliefs: bool = False
 
     @property
     def install(self) -> str:
@@ -109,6 +111,7 @@ _SPECS = (
         None,
         packages=("onnxruntime",),
         survives_fork=True,
+        decodes_beliefs=True,
     ),
     BackendSpec(
         "onnxruntime-cuda",

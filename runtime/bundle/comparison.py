@@ -191,3 +191,18 @@ def _half_step(found: FloatArray, expected: FloatArray) -> Float64Array:
         neighbours = np.nextafter(found, towards).astype(np.float64)
     steps = np.abs(neighbours - found)
     return np.asarray(np.where(np.isfinite(steps), steps / 2, 0.0))
+
+
+def std_error(expected: FloatArray, found: FloatArray, units: npt.ArrayLike) -> float:
+    """The largest |difference| of standard deviations [N, T, A], as a share of the expected one, or of a hundredth of
+    the largest of its chunk where that is more; infinite for NaN.
+
+    units [A]: physical units per normalised unit, in which the largest is found.
+    """
+    right, wrong = (np.asarray(part, np.float64) / np.asarray(units, np.float64) for part in (expected, found))
+    scale = np.maximum(right, right.max(axis=(1, 2), keepdims=True) / 100)
+    with np.errstate(invalid="ignore"):
+        differences = np.abs(wrong - right)
+    shares = np.divide(differences, scale, out=np.where(differences == 0, 0.0, np.inf), where=scale > 0)
+    shares[np.isnan(shares)] = np.inf
+    return float(shares.max(initial=0.0))

@@ -14,6 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from .advice import quoted
+from .backend_specs import BACKENDS
 from .contents import check_contents, copy_again
 from .errors import BundleError
 from .gates import highest_limit, missing_gates, promised_refusal
@@ -251,7 +252,10 @@ def _reference_problems(manifest: Manifest) -> Iterator[str]:
         yield f"it refers to {', '.join(unlisted)} but lists no hash for them"
     model = manifest.model
     parts = [("encoder", model.depth), *(("decoder", prefix) for prefix in model.decoder_graphs)]
-    wanted = sorted((*part, form) for part in parts for form in GRAPH_FORMS)
+    wanted = [(*part, form) for part in parts for form in GRAPH_FORMS]
+    if manifest.belief_graphs and not model.has_stats:
+        wanted += [("belief", prefix, "gemm") for prefix in model.decoder_graphs]
+    wanted.sort()
     found = sorted((entry.role, entry.prefix, entry.form) for entry in manifest.graphs)
     if found != wanted:
         yield f"it lists the graphs {found}; the model needs {wanted}"
@@ -310,6 +314,10 @@ def _parity_problems(manifest: Manifest) -> Iterator[str]:
     for backend, device in sorted(proven):
         refusal = promised_refusal(backend, model.chunk_length)
         found = gates.get((backend, device), ())
-        missing = missing_gates(found, model.decoders, has_stats=model.has_stats, refusal=refusal)
+        spec = BACKENDS.get(backend)
+        has_beliefs = spec is not None and spec.decodes_beliefs and bool(manifest.belief_graphs)
+        missing = missing_gates(
+            found, model.decoders, has_stats=model.has_stats, refusal=refusal, has_beliefs=has_beliefs
+        )
         if missing:
             yield f"{backend} on {device} lacks the gates {', '.join(missing)}"

@@ -11,6 +11,8 @@ from .backend_specs import BACKENDS
 
 #: What the gates are called that judge a backend's promise about illegal values (`refusal.py`).
 ACCEPTED, NOT_MARKED = "illegal values accepted", "illegal values not marked"
+#: What the gates of beliefs are called.
+BELIEF_GATES = ("action error", "std error", "mode probability error", "certain ones that differ")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,17 @@ class Gates:
     # Largest |error| of mean and sigma in latent units (tanh range), `dynamic` only. Both are sums of D latents that
     # are themselves good to about 1e-6 in float32.
     stats_error: float = 1e-5
+
+    # Largest |error| of a standard deviation of beliefs: a share of it, or of a hundredth of the largest of its chunk
+    # where that is more. It is the root of a sum of squares, which float32 has to 1e-6; the derivatives in it cancel
+    # where they are small. A robot that slows down by it needs one digit.
+    std_error: float = 1e-4
+
+    # Largest |error| of the probability of a mode: a softmax in float32 is good to 1e-6.
+    mode_probability_error: float = 1e-5
+
+    # Values that differ, in any bit, between tokens decoded and the same tokens as probabilities of 0 and 1.
+    certain_differences: int = 0
 
     # What golden vectors may say that float32's rounding moves a token by. In latents, which lie in [-1, 1], K - 1 bins
     # of the first layer: two layers of 64 terms give 1e-5, and 3e-5 for actions far beyond the range, as a bound of 8
@@ -115,6 +128,9 @@ def highest_limit(gate: str, num_steps: int, num_latents: int, depth: int) -> fl
         "near-tie flips": near_tie_cap(num_steps * depth) + GATES.near_tie_share * num_steps * depth * num_latents,
         "stats error": GATES.stats_error,
         "action error": GATES.action_error,
+        "std error": GATES.std_error,
+        "mode probability error": GATES.mode_probability_error,
+        "certain ones that differ": GATES.certain_differences,
         ACCEPTED: GATES.illegal_values,
         NOT_MARKED: GATES.illegal_values,
     }
@@ -141,16 +157,21 @@ def promised_refusal(backend: str, chunk_length: int) -> str:
     return ACCEPTED if chunk_length <= spec.checked_steps else ""
 
 
-def missing_gates(found: Iterable[str], decoders: Sequence[str], *, has_stats: bool, refusal: str = "") -> list[str]:
+def missing_gates(
+    found: Iterable[str], decoders: Sequence[str], *, has_stats: bool, refusal: str = "", has_beliefs: bool = False
+) -> list[str]:
     """Which of the gates that every engine has to pass are not among these.
 
-    decoders: what is decoded, `ModelEntry.decoders`; refusal: see `promised_refusal`.
+    decoders: what is decoded, `ModelEntry.decoders`; refusal: see `promised_refusal`; has_beliefs: whether it decodes
+    probabilities.
     """
     needed = ["encode: wrong tokens", "encode: near-tie flips"]
     needed += ["encode: stats error"] if has_stats else []
     needed += [f"decode {decoder}: action error" for decoder in decoders]
     if refusal:
         needed += [f"encode: {refusal}", *(f"decode {decoder}: {refusal}" for decoder in decoders)]
+    if has_beliefs:
+        needed += [f"beliefs: {gate}" for gate in BELIEF_GATES]
     # The replay says in between in which batches, and of which variant.
     bare = {re.sub(r"^golden vectors, |, batch [^:]*|max \||\|$", "", gate) for gate in found}
     return [gate for gate in needed if gate not in bare]

@@ -15,6 +15,8 @@ from .arrays import AnyArray, Float32Array, Float64Array, Int32Array, Int64Array
 from .comparison import TokenComparison, compare_chunk_tokens, compare_tokens
 from .errors import BundleError
 from .gates import GATES, highest_bounds, highest_limit, near_tie_cap
+from .golden_beliefs import PREFIX as BELIEFS
+from .golden_beliefs import GoldenBeliefs, belief_arrays, belief_problems, beliefs_of, expected_belief_arrays
 from .manifest import GOLDEN_NAME
 from .models import ModelEntry, StepModel
 
@@ -66,11 +68,12 @@ class Golden(Expected):
     """What tokens are judged by where there is no reference, too.
 
     margins, bounds: float32, of the shape of the tokens: the decision margins and how far float32 can move them, in bin
-    widths or another unit of both.
+    widths or another unit of both. beliefs: None in bundles that decode none, or were built before there were any.
     """
 
     margins: Float32Array
     bounds: Float32Array
+    beliefs: GoldenBeliefs | None = None
 
     def compared(self, tokens: IntegerArray, model: ModelEntry) -> TokenComparison:
         """How the tokens that an implementation gives for `actions` differ."""
@@ -80,12 +83,16 @@ class Golden(Expected):
         return compare_tokens(*expected, num_levels=model.vocabulary, is_step_coupled=model.is_step_coupled)
 
     def every(self, stride: int) -> Golden:
-        """Every stride-th chunk. Of torch's flips it has a share; the scatter of a count so small stays."""
+        """Every stride-th chunk, and all beliefs.
+
+        Of torch's flips it has a share; the scatter of a count so small stays.
+        """
         float32_flips = max(self.near_tie_cap - GATES.near_tie_scatter, 0) / GATES.near_tie_ratio
         share = len(self.actions[::stride]) / len(self.actions)
         cap = min(self.near_tie_cap, near_tie_cap(float32_flips * share))
-        chosen = {name: array[::stride] if array.ndim else array for name, array in _arrays_of(self).items()}
-        return replace(_golden_of(chosen), near_tie_cap=cap)
+        without = _arrays_of(replace(self, beliefs=None))
+        chosen = {name: array[::stride] if array.ndim else array for name, array in without.items()}
+        return replace(_golden_of(chosen), near_tie_cap=cap, beliefs=self.beliefs)
 
 
 def write_golden(golden: Golden) -> bytes:
@@ -107,6 +114,8 @@ def _arrays_of(golden: Golden) -> dict[str, AnyArray]:
         "flip_tolerance": np.array(golden.flip_tolerance, np.float64),
         **{f"{_DECODED}{prefix}": actions for prefix, actions in golden.decoded.items()},
     }
+    if golden.beliefs is not None:
+        arrays |= belief_arrays(golden.beliefs)
     optional = {name: getattr(golden, name) for name in _OPTIONAL}
     return arrays | {name: array for name, array in optional.items() if array is not None}
 
@@ -117,7 +126,8 @@ def _golden_of(arrays: Mapping[str, AnyArray]) -> Golden:
     decoded = {int(name.removeprefix(_DECODED)): array for name, array in arrays.items() if name.startswith(_DECODED)}
     cap, tolerance = int(arrays["near_tie_cap"]), float(arrays["flip_tolerance"])
     stats, *chunk = (arrays.get(name) for name in _OPTIONAL)
-    return Golden(actions, tokens, stats, decoded, cap, tolerance, *chunk, margins=margins, bounds=bounds)
+    edges = {"margins": margins, "bounds": bounds}
+    return Golden(actions, tokens, stats, decoded, cap, tolerance, *chunk, **edges, beliefs=beliefs_of(arrays))
 
 
 def read_golden(content: bytes, model: ModelEntry) -> Golden:
@@ -131,6 +141,8 @@ def read_golden(content: bytes, model: ModelEntry) -> Golden:
     except Exception as error:  # Whatever zipfile trips over in bytes that someone made for that purpose
         raise _malformed(f"is not an .npz that the build writes: {error}") from error
     expected = _expected_arrays(model, _num_chunks(members, model))
+    if not model.has_stats and any(name.startswith(BELIEFS) for name in members):
+        expected |= {f"{name}.npy": entry for name, entry in expected_belief_arrays(model).items()}
     if members.keys() != expected.keys():
         missing, unknown = sorted(expected.keys() - members.keys()), sorted(members.keys() - expected.keys())
         raise _malformed(f"lacks {missing} and has the unknown members {unknown}")
@@ -238,6 +250,7 @@ def _check_values(golden: Golden, model: ModelEntry) -> None:
         ),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
+    broken += belief_problems(golden.beliefs) if golden.beliefs is not None else ()
     if broken:
         raise _malformed(f"has {'; '.join(broken)}")
 

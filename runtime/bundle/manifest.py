@@ -35,8 +35,9 @@ TOKEN_TYPES: dict[TokenType, str] = {"int32": "int", "uint8": "uint8", "uint16":
 _MARKS: dict[TokenType, int] = {"uint8": 2**8 - 1, "uint16": 2**16 - 1}
 #: Kernels for the few steps or chunks of a control loop, and for the many of data, where the sizes allow them.
 KernelKind = Literal["few", "many"]
+GraphRole = Literal["encoder", "decoder", "belief"]
 #: Chunks that a block of the kernels for many takes at a time, of chunk tokens; a decoder's are of one class.
-CHUNKS_OF_BLOCK: dict[Literal["encoder", "decoder"], int] = {"encoder": 8, "decoder": 64}
+CHUNKS_OF_BLOCK: dict[GraphRole, int] = {"encoder": 8, "decoder": 64}
 #: Chunks that are sorted by class together, before they are decoded.
 CHUNKS_OF_WINDOW = 16384
 
@@ -61,12 +62,15 @@ class TensorEntry:
 class GraphEntry:
     """An ONNX file; prefix: the layers l that a decoder takes, or the most chunk tokens; L for the encoder.
 
+    A graph of the role `belief` decodes probabilities: there is one beside each decoder, in the form `gemm` alone, but
+    in bundles that were built before there were any, and those whose tokens do not decode on their own.
+
     form: how the linear layers are written: `gemm` for ONNX Runtime on the CPU, `gemm_marked` for it on the GPU,
     `reduce` for TensorRT (`export/graph_builder.py` says why).
     """
 
     file: str
-    role: Literal["encoder", "decoder"]
+    role: GraphRole
     prefix: int
     form: GraphForm
     inputs: tuple[TensorEntry, ...]
@@ -171,7 +175,7 @@ class Manifest:
     files: dict[str, FileEntry]
     quality: QualityEntry | None = None
 
-    def graph(self, role: Literal["encoder", "decoder"], prefix: int, form: GraphForm = "gemm") -> GraphEntry:
+    def graph(self, role: GraphRole, prefix: int, form: GraphForm = "gemm") -> GraphEntry:
         """Raises BundleError where there is none."""
         for entry in self.graphs:
             if (entry.role, entry.prefix, entry.form) == (role, prefix, form):
@@ -185,18 +189,32 @@ class Manifest:
         decoders = (self.graph("decoder", prefix, form) for prefix in self.model.decoder_graphs)
         return (self.graph("encoder", self.model.depth, form), *decoders)
 
+    @property
+    def belief_graphs(self) -> tuple[GraphEntry, ...]:
+        """Those that decode probabilities, by ascending prefix; none where the bundle has none."""
+        return tuple(sorted((entry for entry in self.graphs if entry.role == "belief"), key=lambda entry: entry.prefix))
+
 
 def graph_tensors(
-    model: ModelEntry, role: Literal["encoder", "decoder"], prefix: int
+    model: ModelEntry, role: GraphRole, prefix: int
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """Inputs and outputs that a graph of this model has, in this order."""
     actions = TensorEntry("actions", "float32", model.actions_shape(-1))
+    if role == "belief":
+        return _belief_inputs(model, prefix), (actions, TensorEntry("std", "float32", model.actions_shape(-1)))
     # A decoder of chunk tokens takes any number of them.
     is_any = role == "decoder" and isinstance(model, ChunkModel)
     codes = [TensorEntry("tokens", "int32", model.tokens_shape(-1, -1 if is_any else prefix))]
     if model.has_stats:
         codes.append(TensorEntry("stats", "float32", model.stats_shape(-1, prefix)))
     return ((actions,), tuple(codes)) if role == "encoder" else (tuple(codes), (actions,))
+
+
+def _belief_inputs(model: ModelEntry, prefix: int) -> tuple[TensorEntry, ...]:
+    if isinstance(model, ChunkModel):
+        classes = TensorEntry("classes", "float32", (-1, model.num_classes))
+        return classes, TensorEntry("bits", "float32", (-1, 2, model.belief_columns))
+    return (TensorEntry("probabilities", "float32", (*model.tokens_shape(-1, prefix), model.vocabulary)),)
 
 
 def token_types(vocabulary: int, narrow: TokenType = "uint8") -> tuple[TokenType, ...]:

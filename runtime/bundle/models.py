@@ -253,6 +253,16 @@ class ChunkModel(ModelEntry):
         return (self.num_classes - 1).bit_length()
 
     @property
+    def code_bits(self) -> int:
+        """Bits of a chunk behind those of its class."""
+        return self.token_bits * self.num_tokens - self.class_bits
+
+    @property
+    def belief_columns(self) -> int:
+        """Columns of bits that a belief graph takes: those of the first token for each class, those behind, and one."""
+        return (self.token_bits - self.class_bits) * (self.num_classes - 1) + self.code_bits + 1
+
+    @property
     def token_grid(self) -> tuple[int, ...]:
         return ()
 

@@ -108,7 +108,7 @@ class InputValidator:
 
         unchecked: up to so many chunks the backend checks the values, faster. Raises InvalidInputError.
         """
-        array = _as_array("actions", actions)
+        array = as_plain_array("actions", actions)
         if array.dtype != _FLOAT32 or array.shape[1:] != self._actions_tail:
             check_shape("actions", array.shape, "B, T, A", self._actions_tail)
             array = native("actions", array, (_FLOAT32,))
@@ -135,7 +135,7 @@ class InputValidator:
         the values, faster; of other types they are checked here. Raises InvalidInputError, UnbuiltPrefixError for
         another l.
         """
-        array = _as_array("tokens", tokens)
+        array = as_plain_array("tokens", tokens)
         if array.dtype != _INT32 or array.shape[1:-1] != self._token_grid or array.ndim != self._num_axes:
             check_shape("tokens", array.shape, token_letters(self._model), self._token_grid)
             array = native("tokens", array, self._token_types)
@@ -165,7 +165,7 @@ class InputValidator:
         if stats is None and not self._model.has_stats:
             return None
         check_whether_stats(stats, self._model)
-        array = _as_array("stats", stats)
+        array = as_plain_array("stats", stats)
         expected = (*tokens.shape[:2], tokens.shape[3], 2)
         if array.shape != expected:
             raise InvalidInputError(
@@ -279,7 +279,7 @@ def refuse_first(name: str, array: AnyArray, is_right: BoolArray, expected: str)
     raise InvalidInputError(f"{name}{list(index)} is {array[index]}; expected {expected}")
 
 
-def _as_array(name: str, value: object) -> AnyArray:
+def as_plain_array(name: str, value: object) -> AnyArray:
     # Subclasses bring rules of their own: a masked array hides the very values that have to be checked.
     if type(value) is not np.ndarray:
         advice = as_array_advice(name, value, is_float=name != "tokens")

@@ -117,6 +117,8 @@ def _graph(graph: GraphEntry, model: ModelEntry) -> str:
     if graph.role == "decoder":
         most = "" if model.graph_of(model.prefixes[0]) == model.prefixes[0] else "at most "
         what = f"decoder of {most}{graph.prefix} {model.depth_unit}"
+    elif graph.role == "belief":
+        what = f"decoder of probabilities of {'' if model.token_grid else 'at most '}{graph.prefix} {model.depth_unit}"
     return f"{graph.file}: {what}, {_tensors(graph.inputs)} -> {_tensors(graph.outputs)}"
 
 

@@ -1,6 +1,7 @@
 """A small robot that is nothing like the embedded one, and a comparison on it, made once; recordings that are seen."""
 
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from rfsq.evidence.results import Comparison
 from rfsq.evidence.settings import ComparisonConfig
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.settings import NormaliserKind
+from tests.once import once
 
 
 def robot_dataset(action_dim: int = 4, episodes: int = 32, seed: int = 0) -> ActionDataset:
@@ -52,6 +54,14 @@ def some_recordings(count: int = 6, steps: int = 30, seed: int = 0) -> list[Reco
     return found
 
 
+def fork_workers(patch: pytest.MonkeyPatch) -> None:
+    """For torch has one thread here, and importing it anew takes longest.
+
+    That new processes do it too, the script shows in test_report.
+    """
+    patch.setattr("rfsq.evidence.workers.get_context", lambda _: get_context("fork"))
+
+
 @pytest.fixture(scope="session")
 def robot() -> ActionDataset:
     return robot_dataset()
@@ -59,8 +69,9 @@ def robot() -> ActionDataset:
 
 @pytest.fixture(scope="session")
 def small_config(tmp_path_factory: pytest.TempPathFactory) -> ComparisonConfig:
-    cache: Path = tmp_path_factory.mktemp("models")
-    # Trained to the end: a readout repairs no model that was hardly trained, where float32 could not serve it.
+    # Of all workers: what one has trained, the others find.
+    cache = once(tmp_path_factory, "models", Path.mkdir)
+    # Trained well: a readout repairs no model that was hardly trained, where float32 could not serve it.
     return ComparisonConfig(
         seeds=(0, 1), epochs=250, normaliser=NormaliserKind.MIN_MAX, peers=False, workers=1,
         recovered=RecoveredConfig(refine_steps=0), cache=cache,
@@ -74,5 +85,9 @@ def quick_config(small_config: ComparisonConfig) -> ComparisonConfig:
 
 
 @pytest.fixture(scope="session")
-def comparison(robot: ActionDataset, small_config: ComparisonConfig) -> Comparison:
-    return compare(robot, small_config)
+def comparison(
+    robot: ActionDataset, small_config: ComparisonConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Comparison:
+    return Comparison.read(
+        once(tmp_path_factory, "comparison.json", lambda path: compare(robot, small_config).write(path))
+    )

@@ -31,7 +31,7 @@ from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.normaliser import fit_normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.errors import OutputExistsError
-from tests.evidence.conftest import robot_dataset, write_npz
+from tests.evidence.conftest import fork_workers, robot_dataset, write_npz
 from tests.once import once
 
 _BUDGETS = (5.0, 12.5, 20.0)
@@ -55,7 +55,9 @@ def trained(trial: Trial, tmp_path_factory: pytest.TempPathFactory) -> PeerResul
     jobs = [
         PeerJob(name, network, NetworkRecipe(steps=4, checks=1, batch_size=16)) for name, network in networks.items()
     ]
-    path = once(tmp_path_factory, "peers.json", lambda path: train_peers(jobs, trial, ["cpu"], path))
+    with pytest.MonkeyPatch.context() as patch:
+        fork_workers(patch)
+        path = once(tmp_path_factory, "peers.json", lambda path: train_peers(jobs, trial, ["cpu"], path))
     return PeerResults.read(path)
 
 

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from rfsq.evidence.settings import ComparisonConfig, OscPose
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
-from tests.evidence.conftest import robot_dataset
+from tests.evidence.conftest import fork_workers, robot_dataset
 
 
 def test_every_scheme_is_there_with_a_value_for_each_seed(comparison: Comparison) -> None:
@@ -108,9 +107,8 @@ def test_a_refitted_readout_has_a_row_beside_the_autoencoder_as_trained(
 def test_more_processes_change_nothing(
     robot: ActionDataset, quick_config: ComparisonConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With caches of their own, so that they train anew. Forked, for torch has one thread here, and importing it anew
-    takes longest; that new processes do it too, the script shows in test_report."""
-    monkeypatch.setattr("rfsq.evidence.workers.get_context", lambda _: get_context("fork"))
+    """With caches of their own, so that they train anew."""
+    fork_workers(monkeypatch)
     one, two = (
         compare(robot, replace(quick_config, workers=workers, cache=tmp_path / str(workers))) for workers in (1, 2)
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rfsq.evidence.policies import PolicyConfig, RegressionPolicy
-from rfsq.evidence.policy_driving import MOST_STEPS, Cell, DrivingJob, drive, expert_steps, policy_steps
+from rfsq.evidence.policy_driving import MOST_STEPS, Cell, Driven, DrivingJob, drive, expert_steps, policy_drive
 from rfsq.evidence.policy_recordings import DRIVEN_SEED
 from rfsq.evidence.policy_sight import lessons
 from rfsq.evidence.policy_training import ACTIONS, PolicyKind, SeeingPolicies, train_all, training_jobs, weights_file
@@ -57,16 +57,35 @@ class SayingPolicy:
         return (0.01 * context[:, :1, None] + 0.1 * torch.arange(8)[None, :, None]).expand(-1, -1, 7).flatten(1)
 
 
-def driven(needed: list[int], executed: int) -> tuple[tuple[int | None, ...], list[CountingWorld], SayingPolicy]:
+class StillExpert:
+    """Means to stand still, whatever it sees."""
+
+    intended = np.zeros(7, np.float32)
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """Nothing is random."""
+
+    def act(self, observation: dict[str, Any]) -> np.ndarray:
+        assert "robot0_eef_pos" in observation
+        return self.intended
+
+
+@pytest.fixture(autouse=True)
+def still(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "simulator" not in request.node.name:
+        monkeypatch.setattr("rfsq.evidence.policy_driving.EXPERTS", {"Lift": StillExpert})
+
+
+def driven(needed: list[int], executed: int) -> tuple[Driven, list[CountingWorld], SayingPolicy]:
     worlds, policy = [CountingWorld(steps) for steps in needed], SayingPolicy()
     job = DrivingJob(Cell(ACTIONS, None, executed, 3), "Lift", tuple(range(len(needed))), (), TASKS, Path())
     policies = SimpleNamespace(mean=torch.zeros(CONTEXT), deviation=torch.ones(CONTEXT), by_seed={3: policy})
-    return policy_steps(worlds, job, policies), worlds, policy  # type: ignore[arg-type]
+    return policy_drive(worlds, job, policies), worlds, policy  # type: ignore[arg-type]
 
 
 def test_a_scene_counts_with_the_step_at_which_it_was_solved_first() -> None:
-    steps, worlds, _ = driven([1, 8, 9, MOST_STEPS, MOST_STEPS + 1], 8)
-    assert steps == (1, 8, 9, MOST_STEPS, None)
+    found, worlds, _ = driven([1, 8, 9, MOST_STEPS, MOST_STEPS + 1], 8)
+    assert found.steps == (1, 8, 9, MOST_STEPS, None)
     assert [len(world.sent) for world in worlds] == [1, 8, 9, MOST_STEPS, MOST_STEPS]
 
 
@@ -82,15 +101,36 @@ def test_the_policy_is_asked_again_after_so_many_steps_with_what_it_did_last(exe
     assert not past[: 8 - executed].any()
 
 
+def test_errors_are_of_every_step_that_was_executed_and_of_what_the_expert_meant_there() -> None:
+    found, worlds, _ = driven([2, 13], 8)
+    for error, world in zip(found.errors, worlds, strict=True):
+        np.testing.assert_allclose(error, np.square(world.sent).mean(), rtol=1e-6)
+
+
+def test_probabilities_are_decoded_as_the_cell_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Believer:
+        def ask(self, _: object, contexts: Tensor) -> tuple[Tensor, ...]:
+            return (contexts,)
+
+        def decode(self, answers: tuple[Tensor, ...], way: str, _: torch.Generator) -> Tensor:
+            assert way == "expected"
+            return torch.full((len(answers[0]), 8, 7), 0.25)
+
+    monkeypatch.setattr("rfsq.evidence.policy_driving._believers", {"some": Believer()})
+    job = DrivingJob(Cell("some", 3, 8, 3, "expected"), "Lift", (0,), (), TASKS, Path())
+    policies = SimpleNamespace(mean=torch.zeros(CONTEXT), deviation=torch.ones(CONTEXT), by_seed={3: None})
+    world = CountingWorld(5)
+    assert policy_drive([world], job, policies).steps == (5,)  # type: ignore[arg-type, list-item]
+    assert (np.stack(world.sent) == 0.25).all()
+
+
 def test_solved_scenes_are_not_asked_about() -> None:
     _, _, policy = driven([30, 4, 12], 8)
     assert [len(context) for context in policy.asked] == [3, 2, 1, 1]
     assert policy.asked[2][0, 0] == 16
 
 
-def test_the_expert_is_given_up_after_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    still = SimpleNamespace(reset=lambda _: None, act=lambda _: np.zeros(7, np.float32))
-    monkeypatch.setattr("rfsq.evidence.policy_driving.EXPERTS", {"Lift": lambda: still})
+def test_the_expert_is_given_up_after_as_many_steps() -> None:
     assert expert_steps(CountingWorld(5)) == 5  # type: ignore[arg-type]
     assert expert_steps(CountingWorld(MOST_STEPS + 1)) is None  # type: ignore[arg-type]
 
@@ -120,4 +160,4 @@ def test_policies_that_are_loaded_say_chunks() -> None:
     policies = SeeingPolicies(kind, torch.zeros(CONTEXT), torch.ones(CONTEXT), {3: policy})
     job = DrivingJob(Cell(ACTIONS, None, 8, 3), "Lift", (0, 1), (), TASKS, Path())
     worlds: list[Any] = [CountingWorld(9), CountingWorld(10)]
-    assert policy_steps(worlds, job, policies) == (9, 10)
+    assert policy_drive(worlds, job, policies).steps == (9, 10)

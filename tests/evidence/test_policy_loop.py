@@ -8,8 +8,10 @@ from rfsq.calibration.chunk import fit_chunk_code
 from rfsq.evidence import policy_loop
 from rfsq.evidence.policies import NOTHING
 from rfsq.evidence.policy_lessons import (
+    AT_ONCE,
     CHUNK_LENGTH,
     CHUNK_TOKENS,
+    IN_TWO_PASSES,
     encoded,
     fitted_tokens,
     load_lessons,
@@ -25,7 +27,7 @@ from rfsq.evidence.schemes import BinRange, fit_bins
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint, load_chunk_checkpoint
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.runtime.bundle.command import UNUSABLE
-from tests.evidence.conftest import some_recordings
+from tests.evidence.conftest import fork_workers, some_recordings
 
 TINY = ["--oat-steps", "0", "--width", "8", "--depth", "1", "--steps", "2", "--batch", "4", "--workers", "2"]
 
@@ -43,7 +45,10 @@ def train(folder: Path, *options: str) -> int:
     return policy_loop.main(["train", "--folder", str(folder), "--seeds", "0", "1", *TINY, *options])
 
 
-def test_policies_are_trained_in_processes_and_each_says_so(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_policies_are_trained_in_processes_and_each_says_so(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_workers(monkeypatch)
     assert train(folder) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("4 policies, 2 at a time, each with ")
@@ -74,7 +79,7 @@ def test_what_is_encoded_decodes_with_what_was_fitted(tmp_path: Path, monkeypatc
     monkeypatch.setattr(policy_loop, "fit_chunk_tokens", fit_few_classes)
     assert policy_loop.main(["encode", "--folder", str(tmp_path)]) == 0
     learnt = load_lessons(tmp_path / "lessons.npz")
-    assert list(learnt.tokens) == ["64 bins", "FAST, scale 20", CHUNK_TOKENS]
+    assert list(learnt.tokens) == ["64 bins", "FAST, scale 20", CHUNK_TOKENS, AT_ONCE, IN_TWO_PASSES]
     tokens = fitted_tokens(recordings, load_chunk_checkpoint(tmp_path / "chunk.safetensors"))
     decoders = decoders_of(tokens, recordings, learnt, tmp_path)
     chunks = meant(recordings)

@@ -6,9 +6,9 @@ from rfsq.calibration.tables import Table
 from rfsq.evidence.policy_loop_results import EXPERT, LoopReport, LoopRun, PolicyLoopResults, parts, table
 
 REPORTS = (
-    LoopReport("Lift", EXPERT, None, None, (LoopRun(None, 2, ((0, 40), (1, 60))),)),
-    LoopReport("Lift", "some tokens", 4, 8, (LoopRun(0, 2, ((1, 70),)), LoopRun(1, 2, ()))),
-    LoopReport("Stack", EXPERT, None, None, (LoopRun(None, 2, ()),)),
+    LoopReport("Lift", EXPERT, None, None, None, (LoopRun(None, 2, ((0, 40), (1, 60)), None),)),
+    LoopReport("Lift", "some tokens", 4, 8, "expected", (LoopRun(0, 2, ((1, 70),), 0.1), LoopRun(1, 2, (), 0.2))),
+    LoopReport("Stack", EXPERT, None, None, None, (LoopRun(None, 2, (), None),)),
 )
 RESULTS = PolicyLoopResults({"Lift": 5, "Stack": 4}, 1.5, 400, "CPU", {"torch": "2"}, {"steps": 3}, REPORTS)
 
@@ -22,16 +22,19 @@ def test_rates_are_of_all_seeds_with_their_intervals_and_steps_of_what_was_solve
     found = table(RESULTS)
     assert found.header == (
         "what a policy says",
+        "decoded",
         "tokens",
         "steps executed",
         "Lift",
         "Stack",
         "Lift, steps",
         "Stack, steps",
+        "Lift, error",
+        "Stack, error",
     )
     assert found.rows == (
-        (EXPERT, "–", "–", str(REPORTS[0].rate), str(REPORTS[2].rate), "50", "–"),
-        ("some tokens", "4", "8", str(REPORTS[1].rate), "–", "70", "–"),
+        (EXPERT, "–", "–", "–", str(REPORTS[0].rate), str(REPORTS[2].rate), "50", "–", "–", "–"),
+        ("some tokens", "expected", "4", "8", str(REPORTS[1].rate), "–", "70", "–", "0.150", "–"),
     )
     assert str(REPORTS[1].rate).startswith("25% (")
 

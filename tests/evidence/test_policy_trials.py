@@ -32,9 +32,17 @@ def test_there_is_a_row_for_the_expert_and_each_number_of_tokens_and_steps() -> 
         Path("b"): trained("other", 7, 3),
         Path("c"): trained(ACTIONS, None, 56),
     }
-    found = [(trial.name, trial.count, trial.executed) for trial in trials_of(policies, {"some": (4, 16)}, (8, 4))]
+    found = [(trial.name, trial.count, trial.executed) for trial in trials_of(policies, {"some": (4, 16)}, {}, (8, 4))]
     rows = [("some", 4), ("some", 16), ("other", 3), (ACTIONS, None)]
     assert found == [(EXPERT, None, None), *((*row, executed) for executed in (8, 4) for row in rows)]
+
+
+def test_each_way_of_decoding_probabilities_has_a_row() -> None:
+    policies = {Path("a"): trained("some", 7, 16), Path("b"): trained("other", 7, 3)}
+    found = [(trial.name, trial.way) for trial in trials_of(policies, {}, {"some": ("likeliest", "expected")}, (8,))]
+    assert found == [(EXPERT, None), ("some", "likeliest"), ("some", "expected"), ("other", None)]
+    (cell,) = {job.cell for job in jobs_of([Trial("some", Path("some"), (0,), 4, 8, "expected")], ("Lift",), 1)}
+    assert cell == Cell("some", 4, 8, 0, "expected")
 
 
 def test_all_drive_the_same_scenes_some_of_all_before_others() -> None:
@@ -51,17 +59,17 @@ def test_all_drive_the_same_scenes_some_of_all_before_others() -> None:
 def test_a_tally_has_all_that_was_driven_and_nothing_else() -> None:
     jobs, tally = jobs_of(TRIALS, ("Lift",), 14), Tally()
     expert, first, second = jobs[:3]
-    tally.add(Driven(first, (None, 50, *[None] * 8)))
-    tally.add(Driven(jobs[4], (None, None, 80, None)))
+    tally.add(Driven(first, (None, 50, *[None] * 8), (0.5,) * 10))
+    tally.add(Driven(jobs[4], (None, None, 80, None), (1.2,) * 4))
     (report,) = tally.reports(TRIALS, ("Lift", "Stack"))
     assert (report.task, report.name, report.tokens, report.executed) == ("Lift", "some", 4, 8)
-    assert report.runs == (LoopRun(0, 14, ((1, 50), (12, 80))),)
+    assert report.runs == (LoopRun(0, 14, ((1, 50), (12, 80)), pytest.approx(0.7)),)
     tally.add(Driven(second, (7,) * 10))
     tally.add(Driven(expert, (9,) * 10))
     found = list(tally.reports(TRIALS, ("Lift",)))
     assert [report.name for report in found] == [EXPERT, "some"]
     assert (found[1].rate.successes, found[1].rate.n, found[1].steps) == (12, 24, 7)
-    assert found[0].runs[0].seed is None
+    assert (found[0].runs[0].seed, found[0].error) == (None, None)
 
 
 def test_what_decodes_must_encode_what_was_learnt(tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ def test_the_default_build_makes_a_bundle_that_a_robot_can_load(built: Built, to
     graphs = [
         graph_file(name, form) for name in ("encoder.onnx", "decoder.onnx", "decoder_l3.onnx") for form in LinearForm
     ]
+    graphs += ["belief.onnx", "belief_l3.onnx"]
     assert bundle_files(built.output) == sorted([*graphs, C_HEADER, C_SOURCE, CUDA_SOURCE, "golden.npz", MANIFEST_NAME])
     assert (manifest.model.mode, manifest.model.chunk_length, tokenizer.prefixes) == ("calibrated", 8, (3, 8))
     assert manifest.engines == ()
@@ -206,11 +207,16 @@ def test_every_gate_is_in_the_manifest_and_green(built: Built) -> None:
         "encode: near-tie flips",
         "decode 3 layers: action error",
         "decode 8 layers: action error",
+        "beliefs: action error",
+        "beliefs: std error",
+        "beliefs: mode probability error",
+        "beliefs: certain ones that differ",
     ]
     assert all(entry.value <= entry.limit for entry in parity)
-    assert all(entry.steps >= STEPS for entry in parity)
+    # Beliefs of 64 chunks.
+    assert all(entry.steps >= (512 if entry.gate.startswith("beliefs") else STEPS) for entry in parity)
+    assert [entry.limit for entry in parity[3:]] == [1e-5, 1e-5, 1e-4, 1e-5, 0]
     assert parity[0].limit == 0
-    assert parity[-1].limit == 1e-5
 
 
 def test_provenance_tells_where_everything_came_from_without_a_path(built: Built, robust: Checkpoint) -> None:
@@ -719,6 +725,8 @@ def test_c_is_compiled_for_every_target_of_this_processor_and_passes_every_gate(
         assert engine.source_sha256 == manifest.files[C_SOURCE].sha256
         assert engine.device == engine.targets[0]
     gates = {entry.gate for entry in manifest.parity if entry.backend == "onnxruntime"}
+    beliefs = {gate for gate in gates if gate.startswith("beliefs")}
+    gates -= beliefs
     # Values are checked in C itself; for ONNX Runtime the host does so.
     calls = ("encode", *(f"decode {prefix} layers" for prefix in manifest.model.prefixes))
     gates |= {f"{call}: illegal values accepted" for call in calls}
@@ -727,7 +735,7 @@ def test_c_is_compiled_for_every_target_of_this_processor_and_passes_every_gate(
         own = [entry for entry in manifest.parity if (entry.backend, entry.device) == ("c", target)]
         # Generated C promises to refuse what is illegal, too.
         refusals = {f"{gate.partition(':')[0]}: illegal values accepted" for gate in gates}
-        assert {entry.gate for entry in own} == gates | refusals
+        assert {entry.gate for entry in own} - beliefs == gates | refusals
         assert re.search(rf"^✓ c \({target}\), encode: wrong tokens +0 ", output, re.MULTILINE)
     with ActionTokenizer.load(tmp_path / "bundle") as tokenizer:
         assert tokenizer.backend.name == "c"
@@ -870,6 +878,31 @@ def test_a_graph_that_leaves_the_reference_is_found_before_any_gate(
     assert "parity gates" not in captured.out
     assert re.search(r"^  encoder\.onnx on ONNX Runtime: \d+ wrong tokens", captured.err, re.MULTILINE)
     assert re.search(r"^  encoder\.onnx on onnx reference evaluator: ", captured.err, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_cross_checked", [True, False])
+def test_a_graph_of_beliefs_that_leaves_the_definition_ends_the_build(
+    is_cross_checked: bool,
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = step_tokens.belief_graph
+    monkeypatch.setattr(step_tokens, "belief_graph", lambda plan: right(lean(plan)))
+    if not is_cross_checked:
+        monkeypatch.setattr(pipeline, "cross_check", lambda *_: [])
+    assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(small)]) == 1
+    said = capsys.readouterr().err
+    if is_cross_checked:
+        assert re.search(r"^  belief_l3\.onnx on ONNX Runtime: action error ", said, re.MULTILINE)
+        assert re.search(r"^  belief_l3\.onnx on onnx reference evaluator: action error ", said, re.MULTILINE)
+    else:
+        assert re.search(
+            r"^  onnxruntime, beliefs: action error: \S+ over \d+ steps; expected at most", said, re.MULTILINE
+        )
+        assert "golden vectors: ✗ beliefs, batch 1: action error" in said
     assert list(tmp_path.iterdir()) == []
 
 

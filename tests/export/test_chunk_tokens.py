@@ -113,7 +113,7 @@ def test_a_wrong_constant_in_the_engines_turns_the_gates_red(tmp_path: Path, mon
         return replace(right, mean=right.mean * np.float32(1.001))
 
     monkeypatch.setattr(chunk_tokens, "plan_chunk_code", faulty)
-    with pytest.raises(GateError, match=r"onnxruntime, decode 9 tokens: action error: 0\.000"):
+    with pytest.raises(GateError, match=r"belief.onnx on ONNX Runtime: action error 0\.000"):
         build(BuildConfig(checkpoint=checkpoint, output=tmp_path / "out", backends=("onnxruntime",), parity_steps=200))
     assert not (tmp_path / "out").exists()
 

@@ -103,7 +103,17 @@ def test_only_the_batch_is_dynamic_and_it_is_named(mode: DeployMode) -> None:
         | ({"stats": (number, [BATCH, 6, prefix, 2])} if mode is DeployMode.DYNAMIC else {})
         for file, prefix in (("encoder.onnx", 5), ("decoder_l2.onnx", 2), ("decoder.onnx", 5))
     }
-    assert shapes == {graph_file(file, form): tensors for form in LinearForm for file, tensors in expected.items()}
+    beliefs: dict[str, object] = {
+        file: {
+            "probabilities": (number, [BATCH, 6, 4, prefix, 5]),
+            "actions": (number, [BATCH, 6, 3]),
+            "std": (number, [BATCH, 6, 3]),
+        }
+        for file, prefix in (("belief_l2.onnx", 2), ("belief.onnx", 5))
+        if mode is not DeployMode.DYNAMIC
+    }
+    in_forms = {graph_file(file, form): tensors for form in LinearForm for file, tensors in expected.items()}
+    assert shapes == in_forms | beliefs
 
 
 def dims(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rfsq.export.chunk_belief_graphs import chunk_belief_graph
 from rfsq.export.chunk_graphs import chunk_decoder_graph, chunk_encoder_graph
 from rfsq.export.graph_builder import LinearForm
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
@@ -32,6 +33,7 @@ def hashes() -> dict[str, str]:
         contents = export_graphs(deployed) | {name: text.encode() for name, text in texts.items()}
         found |= {f"{mode.value} {name}": hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     chunk_plan = random_plan(ChunkSizes(2, 3, num_tokens=10), seed=0)
+    found["chunk belief"] = hashlib.sha256(chunk_belief_graph(chunk_plan)).hexdigest()
     for form in LinearForm:
         graphs = {"encoder": chunk_encoder_graph(chunk_plan, form), "decoder": chunk_decoder_graph(chunk_plan, form)}
         found |= {f"chunk {form} {name}": hashlib.sha256(content).hexdigest() for name, content in graphs.items()}
@@ -46,6 +48,7 @@ def test_two_processes_in_two_folders_write_the_same_bytes(tmp_path: Path) -> No
     )
     assert other.returncode == 0, other.stderr
     here = hashes()
-    assert len(here) == (3 * len(LinearForm) + 3) * len(MODES) + 2 * len(LinearForm)
+    # And graphs of beliefs: one for each prefix, but where tokens need statistics, and one of chunk tokens.
+    assert len(here) == (3 * len(LinearForm) + 3) * len(MODES) + 2 * len(LinearForm) + 2 * (len(MODES) - 1) + 1
     assert len(set(here.values())) == len(here)
     assert json.loads(other.stdout) == here

@@ -67,7 +67,7 @@ def test_importing_the_tokenizer_loads_few_modules() -> None:
         " and not hasattr(module, '__path__')))",
     )
     assert {name.removeprefix("runtime.") for name in result.stdout.split()} == {
-        *("backends.contract", "backends.registry", "tokenizer"),
+        *("backends.contract", "backends.registry", "belief_methods", "tokenizer"),
         *(
             f"bundle.{name}"
             for name in (
@@ -208,7 +208,7 @@ def test_selftest_without_any_backend_gives_each_reason_once(
 def test_selftest_shows_every_check_beside_its_limit(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert selftest.main([str(bundle), "-v"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("✓ 11 files")
+    assert lines[1].startswith("✓ 13 files")
     for line in (
         "– cuda: not tested: CUDA finds no usable GPU here",
         f"– c: not tested: {bundle} has no C engine for ",
@@ -258,7 +258,7 @@ def test_selftest_shows_all_failures_and_returns_1(tmp_path: Path, capsys: pytes
                 line.startswith(f"onnxruntime: ✗ decode {prefix} layers, batch {batch}: max |action error|")
                 for line in lines
             )
-    assert any(line.startswith("✗ onnxruntime: 9 of 12 checks ") for line in lines)
+    assert any(line.startswith("✗ onnxruntime: 13 of 20 checks ") for line in lines)
 
 
 @pytest.mark.usefixtures("without_gpu")

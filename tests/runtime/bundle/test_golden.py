@@ -299,7 +299,7 @@ def test_the_latents_of_one_dynamic_step_are_one_of_those(golden: Golden, model:
     """They share a deviation, and with it the bound: of a chunk alone, all 4 of one step, but none of another."""
     model = replace(model, mode="dynamic")
     golden = with_chunks(golden, 1)
-    golden = replace(golden, stats=np.zeros(model.stats_shape(1), np.float32))
+    golden = replace(golden, stats=np.zeros(model.stats_shape(1), np.float32), beliefs=None)
     bounds = golden.bounds.copy()
     bounds[0, 0, :, 0] = np.inf
     assert (read_golden(write_golden(replace(golden, bounds=bounds)), model).bounds[0, 0, :, 0] == np.inf).all()
@@ -311,7 +311,7 @@ def test_the_latents_of_one_dynamic_step_are_one_of_those(golden: Golden, model:
 def test_every_bound_may_be_as_wide_as_float32_explains(golden: Golden, model: ModelEntry) -> None:
     # With so many levels that is half a bin, a number that float32 has.
     model = replace(model, num_levels=5001)
-    golden = replace(golden, margins=np.ones_like(golden.margins))
+    golden = replace(golden, margins=np.ones_like(golden.margins), beliefs=None)
     wide, wider = (np.where(np.arange(3) == 0, bound, golden.bounds) for bound in (0.5, np.float32(0.5000001)))
     read_golden(write_golden(replace(golden, bounds=wide.astype(np.float32))), model)
     with pytest.raises(BundleError, match="bounds that float32's rounding does not explain"):

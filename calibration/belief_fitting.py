@@ -1,0 +1,169 @@
+"""From a file of a policy's logits to temperatures, scales and a report of how honest beliefs are."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rfsq.calibration.beliefs import (
+    WITHIN_ONE,
+    WITHIN_TWO,
+    BeliefReport,
+    BitLogits,
+    PolicyLogits,
+    StepLogits,
+    TokenLogits,
+    settings_of,
+)
+from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.recovered import default_prefixes
+from rfsq.calibration.tables import Table
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.runtime.bundle.paths import counted, replacing, shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STEP, _TOKENS, _BITS = {"logits"}, {"logits"}, {"class_logits", "bit_logits"}
+#: Of choices, shown without -v.
+_FEW = 12
+
+
+def load_logits(path: Path, tokens: Checkpoint | ChunkCheckpoint) -> tuple[PolicyLogits, list[int]]:
+    """What a policy said, and the episode of each chunk.
+
+    The file is an .npz with `actions` [N, T, A], the recorded chunks in physical units, `episode` [N], and what the
+    policy said of each: `logits` [N, T, D, l, K] of per-step tokens or [N, l, V] of chunk tokens; or, of these,
+    `class_logits` [N, C] and `bit_logits` [N, n], given the likeliest class. Raises CalibrationError.
+    """
+    arrays = _read(path)
+    actions, episodes = _floats(arrays, "actions", path), arrays["episode"]
+    if actions.ndim != 3 or not len(actions):
+        raise CalibrationError(f"{path}: actions have shape {list(actions.shape)}; expected chunks [N, T, A]")
+    if episodes.shape != (len(actions),) or episodes.dtype.kind not in "iu":
+        raise CalibrationError(
+            f"{path}: episode is {episodes.dtype} {list(episodes.shape)}; expected an integer for each of "
+            f"{len(actions)} chunks"
+        )
+    said = {name: _floats(arrays, name, path) for name in arrays.keys() - {"actions", "episode"}}
+    for name, logits in said.items():
+        is_right = ~(logits.isnan() | logits.isposinf()).any() and torch.isfinite(logits.amax(-1)).all()
+        if len(logits) != len(actions) or not is_right:
+            raise CalibrationError(
+                f"{path}: {name} {list(logits.shape)} must have one row for each of {len(actions)} chunks, no NaN, no "
+                "+inf, and a finite logit in each distribution"
+            )
+    given = _of_chunks(path, tokens, actions, said) if isinstance(tokens, ChunkCheckpoint) else None
+    return given or _of_steps(path, tokens, actions, said), episodes.tolist()  # type: ignore[arg-type]
+
+
+def _of_chunks(path: Path, tokens: ChunkCheckpoint, actions: Tensor, said: dict[str, Tensor]) -> PolicyLogits:
+    sizes, model = tokens.sizes, tokens.model(dtype=torch.float64)
+    _check(path, "actions", actions, (sizes.chunk_length, sizes.action_dim))
+    if said.keys() == _TOKENS:
+        length = min(said["logits"].shape[1], sizes.num_tokens)
+        _check(path, "logits", said["logits"], (length, 1 << sizes.token_bits))
+        return TokenLogits(model, actions, said["logits"])
+    if said.keys() == _BITS:
+        _check(path, "class_logits", said["class_logits"], (sizes.num_classes,))
+        _check(path, "bit_logits", said["bit_logits"], (min(said["bit_logits"].shape[1], sizes.code_bits),))
+        return BitLogits(model, actions, said["class_logits"], said["bit_logits"])
+    raise CalibrationError(
+        f"{path} has {', '.join(sorted(said)) or 'no logits'}; expected logits [N, l, V], or class_logits [N, C] and "
+        "bit_logits [N, n], for chunk tokens"
+    )
+
+
+def _of_steps(path: Path, tokens: Checkpoint, actions: Tensor, said: dict[str, Tensor]) -> PolicyLogits:
+    config = tokens.config
+    if tokens.constants is None and not tokens.recovered:
+        raise CalibrationError("the checkpoint has no tokens that decode on their own; calibrate it first")
+    conditioning = Conditioning.CALIBRATED if tokens.constants is not None else Conditioning.DYNAMIC
+    _check(path, "actions", actions, (actions.shape[1], config.action_dim))
+    if said.keys() != _STEP:
+        raise CalibrationError(
+            f"{path} has {', '.join(sorted(said)) or 'no logits'}; expected logits [N, T, D, l, K] for per-step tokens"
+        )
+    logits = said["logits"]
+    length = min(logits.shape[3] if logits.ndim == 5 else 1, config.num_layers)
+    _check(path, "logits", logits, (actions.shape[1], config.latent_dim, length, config.num_levels))
+    coarse = min(default_prefixes(config.num_layers)[0], length)
+    return StepLogits(tokens.model(conditioning, dtype=torch.float64), actions, logits, coarse)
+
+
+def _check(path: Path, name: str, array: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(array.shape[1:]) != shape:
+        raise CalibrationError(
+            f"{path}: {name} have shape {list(array.shape)}; expected [N, {', '.join(map(str, shape))}], as the "
+            "tokenizer has it"
+        )
+
+
+def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in content.files}
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        raise CalibrationError(f"{path} is no .npz of arrays: {error}; write it with numpy.savez") from error
+    if missing := {"actions", "episode"} - arrays.keys():
+        raise CalibrationError(
+            f"{path} lacks {', '.join(sorted(missing))}; expected the recorded chunks and the episode of each"
+        )
+    return arrays
+
+
+def _floats(arrays: dict[str, npt.NDArray[Any]], name: str, path: Path) -> Tensor:
+    if arrays[name].dtype.kind != "f":
+        raise CalibrationError(f"{path}: {name} is {shown(str(arrays[name].dtype))}; expected floating-point numbers")
+    return torch.from_numpy(arrays[name].astype(np.float64))
+
+
+def write_settings(report: BeliefReport, path: Path) -> None:
+    """What the runtime takes. Raises CalibrationError."""
+    with replacing(path, error=CalibrationError) as temporary:
+        temporary.write_text(settings_of(report).text(), encoding="utf-8")
+
+
+def format_beliefs(report: BeliefReport, *, is_verbose: bool) -> str:
+    """Tables to read. is_verbose: whether every choice has a row."""
+    shown_choices = report.choices if is_verbose else report.choices[:_FEW]
+    rows = [
+        {
+            "choice": choice.name,
+            "temperature": f"{choice.temperature:.2f}",
+            "nats": f"{choice.nll[0]:.3f}",
+            "after": f"{choice.nll[1]:.3f}",
+            "calibration error": f"{100 * choice.ece[0]:.1f}%",
+            "after it": f"{100 * choice.ece[1]:.1f}%",
+        }
+        for choice in shown_choices
+    ]
+    spreads = [
+        {
+            "decoded": spread.mode,
+            f"within 1 std ({100 * WITHIN_ONE:.0f}%)": f"{100 * spread.within_one[0]:.1f}%",
+            "after": f"{100 * spread.within_one[1]:.1f}%",
+            f"within 2 std ({100 * WITHIN_TWO:.0f}%)": f"{100 * spread.within_two[0]:.1f}%",
+            "after it": f"{100 * spread.within_two[1]:.1f}%",
+            "scale of std": " ".join(f"{value:.2f}" for value in spread.scale),
+        }
+        for spread in report.spreads
+    ]
+    title = f"fitted to {counted(report.fitted, 'episode')}, judged on {report.judged} others"
+    parts = [Table.of(f"what the policy chooses, {title}", rows).text()]
+    if len(shown_choices) < len(report.choices):
+        parts.append(f"{len(report.choices) - len(shown_choices)} more choices: -v shows all")
+    parts.append(Table.of("recorded actions within the standard deviation", spreads).text())
+    return "\n\n".join(parts)
+
+
+def draw_beliefs(report: BeliefReport) -> "Figure":
+    """Confidence against accuracy, before and after, and the shares of actions within one and two deviations."""
+    from rfsq.calibration.belief_plots import draw_belief_report
+
+    return draw_belief_report(report)

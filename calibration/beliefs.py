@@ -1,0 +1,306 @@
+"""Is a policy as sure as it should be? Temperatures of its logits and scales of its spreads, from windows held out.
+
+A temperature for each layer, token or bit maximises the likelihood of the recorded tokens (Guo et al. 2017, On
+Calibration of Modern Neural Networks, arXiv 1706.04599). Tokens are taken to be independent where beliefs are decoded,
+and they are not: so each action dimension has a scale, too, with which about as many errors lie within one standard
+deviation, and within two, as of a Gaussian. Episodes that nothing is fitted to judge both.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rfsq.calibration.errors import CalibrationError
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.beliefs import BitProbabilities, bits_of_tokens, chunk_belief, step_belief
+from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
+from rfsq.runtime.bundle.belief_settings import BeliefSettings
+from rfsq.runtime.bundle.beliefs import Belief, BeliefMode
+
+#: Shares of a Gaussian within one and two standard deviations.
+WITHIN_ONE, WITHIN_TWO = 0.682689, 0.954500
+#: By how much a share may miss these.
+ROOM_ONE, ROOM_TWO = 0.05, 0.03
+MODES: tuple[BeliefMode, ...] = ("expected", "likeliest mode")
+#: Beyond these a policy knows nothing, or all.
+_SHARPEST, _FLATTEST = 1 / 20, 100.0
+_NEWTON_STEPS, _PARTS, _SCALES = 60, 15, 11
+#: A logit of what will not be.
+_UNLIKELY = -1e4
+#: Chunks that are decoded at a time.
+_DECODED = 512
+#: Below any spread of a robot, in its units.
+_LEAST_STD = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One choice of a policy, many times. logits: float64 [M, V]; taken: int64 [M], what was recorded."""
+
+    name: str
+    logits: Tensor
+    taken: Tensor
+
+
+class PolicyLogits(ABC):
+    """What a policy said of N recorded chunks; actions: float64 [N, T, A]."""
+
+    actions: Tensor
+
+    @abstractmethod
+    def choices(self, rows: Tensor) -> list[Choice]:
+        """Of the chunks `rows`: as many as there are temperatures."""
+
+    @abstractmethod
+    def belief(self, rows: Tensor, temperature: Tensor, mode: BeliefMode) -> Belief[Tensor]:
+        """What they decode to; temperature: one for each choice."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepLogits(PolicyLogits):
+    """Per-step tokens: [N, T, D, l, K]; coarse: layers that are the mode."""
+
+    model: ActionAutoencoder
+    actions: Tensor
+    logits: Tensor
+    coarse: int
+
+    def choices(self, rows: Tensor) -> list[Choice]:
+        tokens, size = self.model.encode(self.actions[rows])[0], self.logits.shape[-1]
+        return [
+            Choice(f"layer {layer}", self.logits[rows][..., layer, :].reshape(-1, size), tokens[..., layer].flatten())
+            for layer in range(self.logits.shape[-2])
+        ]
+
+    def belief(self, rows: Tensor, temperature: Tensor, mode: BeliefMode) -> Belief[Tensor]:
+        probabilities = (self.logits[rows] / temperature.unsqueeze(-1)).softmax(-1)
+        return step_belief(self.model, probabilities, mode, self.coarse, None)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLogits(PolicyLogits):
+    """Chunk tokens of a vocabulary: [N, l, V]."""
+
+    model: ChunkTokenizer
+    actions: Tensor
+    logits: Tensor
+
+    def choices(self, rows: Tensor) -> list[Choice]:
+        tokens = self.model.encode(self.actions[rows])
+        return [
+            Choice(f"token {place}", self.logits[rows, place], tokens[:, place])
+            for place in range(self.logits.shape[1])
+        ]
+
+    def belief(self, rows: Tensor, temperature: Tensor, mode: BeliefMode) -> Belief[Tensor]:
+        probabilities = (self.logits[rows] / temperature.unsqueeze(-1)).softmax(-1)
+        return chunk_belief(self.model, bits_of_tokens(probabilities, self.model.sizes), mode, None)
+
+
+@dataclass(frozen=True, eq=False)
+class BitLogits(PolicyLogits):
+    """Chunk tokens as class [N, C] and bits [N, n], these of the likeliest class."""
+
+    model: ChunkTokenizer
+    actions: Tensor
+    classes: Tensor
+    bits: Tensor
+
+    def choices(self, rows: Tensor) -> list[Choice]:
+        code, classes, bits = self.model.code, self.classes[rows], self.bits[rows]
+        chunks = self.model.normalised(self.actions[rows]).clamp(-1, 1)
+        taken = code.bits(code.encode_in(chunks, classes.argmax(1)))[:, code.sizes.class_bits :]
+        two = torch.stack((torch.zeros_like(bits), bits), dim=-1)
+        of_bits = [Choice(f"bit {place}", two[:, place], taken[:, place]) for place in range(bits.shape[1])]
+        return [Choice("class", classes, code.choose(chunks)), *of_bits]
+
+    def belief(self, rows: Tensor, temperature: Tensor, mode: BeliefMode) -> Belief[Tensor]:
+        classes = (self.classes[rows] / temperature[0]).softmax(-1)
+        bits = (self.bits[rows] / temperature[1:]).sigmoid()
+        by_class = bits.unsqueeze(1).expand(-1, classes.shape[1], -1)
+        return chunk_belief(self.model, BitProbabilities(classes, by_class), mode, None)
+
+
+@dataclass(frozen=True)
+class ChoiceReport:
+    """Of windows that nothing was fitted to, before and after: nll, mean negative log-likelihood of what was recorded;
+    ece, the expected calibration error of the likeliest."""
+
+    name: str
+    temperature: float
+    nll: tuple[float, float]
+    ece: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SpreadReport:
+    """Of the same windows: scale of each action dimension; within_one, within_two: share of all errors within so many
+    standard deviations, before and after."""
+
+    mode: BeliefMode
+    scale: tuple[float, ...]
+    within_one: tuple[float, float]
+    within_two: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """confidence, accuracy: mean of the likeliest's probability and share of its being right, for parts of all choices
+    by their probability, empty parts left out; share: of all."""
+
+    confidence: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    share: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BeliefReport:
+    """fitted, judged: numbers of episodes; reliability: before and after."""
+
+    fitted: int
+    judged: int
+    choices: tuple[ChoiceReport, ...]
+    spreads: tuple[SpreadReport, ...]
+    reliability: tuple[Reliability, Reliability]
+
+
+@torch.no_grad()
+def calibrate_beliefs(given: PolicyLogits, episodes: Sequence[int], seed: int = 0) -> BeliefReport:
+    """Fit to half of the episodes, and judge on the others. episodes: of each chunk, any numbers.
+
+    Raises CalibrationError for fewer than two episodes.
+    """
+    own = torch.tensor(list(episodes))
+    names = torch.tensor(sorted(set(episodes)))
+    if len(names) < 2:
+        raise CalibrationError(
+            f"all windows are of {len(names)} episode; expected two at least, to fit to one half and judge on the other"
+        )
+    shuffled = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
+    half = (len(names) + 1) // 2
+    fitted, judged = (torch.isin(own, part).nonzero()[:, 0] for part in (shuffled[:half], shuffled[half:]))
+    temperature = torch.tensor([fit_temperature(choice) for choice in given.choices(fitted)]).double()
+    choices = given.choices(judged)
+    return BeliefReport(
+        fitted=half,
+        judged=len(names) - half,
+        choices=tuple(_judged(choice, float(value)) for choice, value in zip(choices, temperature, strict=True)),
+        spreads=tuple(_spread(given, fitted, judged, temperature, mode) for mode in MODES),
+        reliability=(reliability(choices, torch.ones_like(temperature)), reliability(choices, temperature)),
+    )
+
+
+def fit_temperature(choice: Choice) -> float:
+    """The temperature with the greatest likelihood: Newton's method on its inverse, in which the logarithm of the
+    likelihood is concave."""
+    logits = _finite(choice.logits)
+    taken = logits.gather(1, choice.taken.unsqueeze(1))[:, 0].mean()
+    inverse = 1.0
+    for _ in range(_NEWTON_STEPS):
+        p = (inverse * logits).softmax(-1)
+        mean = (p * logits).sum(-1)
+        slope = float(taken - mean.mean())
+        curve = float(((p * logits.square()).sum(-1) - mean.square()).mean())
+        step = slope / curve if curve > 0 else 0.0
+        # Never further than twice or half: far away the curve is not that of a parabola.
+        following = min(max(inverse + step, inverse / 2), inverse * 2)
+        following = min(max(following, 1 / _FLATTEST), 1 / _SHARPEST)
+        if abs(following - inverse) <= 1e-9 * inverse:
+            break
+        inverse = following
+    return 1 / inverse
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """The largest at 0, and forbidden words as unlikely ones, so that nothing is multiplied with infinity."""
+    return (logits - logits.amax(-1, keepdim=True)).clamp(min=_UNLIKELY)
+
+
+def _judged(choice: Choice, temperature: float) -> ChoiceReport:
+    found = [(_nll(choice, value), calibration_error([choice], torch.tensor([value]))) for value in (1.0, temperature)]
+    (nll, ece), (nll_after, ece_after) = found
+    return ChoiceReport(choice.name, temperature, (nll, nll_after), (ece, ece_after))
+
+
+def _nll(choice: Choice, temperature: float) -> float:
+    return float(functional.cross_entropy(_finite(choice.logits) / temperature, choice.taken))
+
+
+def reliability(choices: Sequence[Choice], temperature: Tensor) -> Reliability:
+    """Of all choices together."""
+    confidences, rights = [], []
+    for choice, value in zip(choices, temperature, strict=True):
+        likeliest = (_finite(choice.logits) / value).softmax(-1).max(-1)
+        confidences.append(likeliest.values)
+        rights.append((likeliest.indices == choice.taken).double())
+    confidence, right = torch.cat(confidences), torch.cat(rights)
+    part = (confidence * _PARTS).long().clamp(max=_PARTS - 1)
+    count = torch.bincount(part, minlength=_PARTS)
+    kept = count > 0
+    means = [
+        tuple((torch.zeros(_PARTS).double().index_add(0, part, values)[kept] / count[kept]).tolist())
+        for values in (confidence, right)
+    ]
+    return Reliability(means[0], means[1], tuple((count[kept] / len(part)).tolist()))
+
+
+def calibration_error(choices: Sequence[Choice], temperature: Tensor) -> float:
+    """The expected calibration error of the likeliest: mean distance of confidence and accuracy over the parts."""
+    found = reliability(choices, temperature)
+    return sum(
+        share * abs(confidence - accuracy)
+        for confidence, accuracy, share in zip(found.confidence, found.accuracy, found.share, strict=True)
+    )
+
+
+def _spread(given: PolicyLogits, fitted: Tensor, judged: Tensor, temperature: Tensor, mode: BeliefMode) -> SpreadReport:
+    before = _deviations(given, judged, torch.ones_like(temperature), mode)
+    errors = _deviations(given, fitted, temperature, mode).flatten(0, 1)
+    scale = _scale(errors)
+    after = _deviations(given, judged, temperature, mode) / scale
+    (one_before, one_after), (two_before, two_after) = (
+        [float((part <= most).double().mean()) for part in (before, after)] for most in (1, 2)
+    )
+    return SpreadReport(mode, tuple(scale.tolist()), (one_before, one_after), (two_before, two_after))
+
+
+def _scale(errors: Tensor) -> Tensor:
+    """[A] for errors [M, A] in standard deviations.
+
+    They have longer tails than a Gaussian, so no scale gives both of its shares: of those between the scale for the one
+    and the scale for the other it is the one with the least misses.
+    """
+    one, two = torch.from_numpy(np.quantile(errors.numpy(), (WITHIN_ONE, WITHIN_TWO), axis=0))
+    blend = torch.linspace(0, 1, _SCALES).double().unsqueeze(1)
+    tried = (one ** (1 - blend) * (two / 2) ** blend).clamp(min=_LEAST_STD)
+    one_off = (_within(errors, tried) - WITHIN_ONE) / ROOM_ONE
+    two_off = (_within(errors, 2 * tried) - WITHIN_TWO) / ROOM_TWO
+    best: Tensor = tried.gather(0, (one_off.square() + two_off.square()).argmin(0, keepdim=True))[0]
+    return best
+
+
+def _within(errors: Tensor, most: Tensor) -> Tensor:
+    """The share of the errors [M, A] that are at most this [S, A], for each dimension: [S, A]."""
+    return torch.stack([(errors <= each).double().mean(0) for each in most])
+
+
+def _deviations(given: PolicyLogits, rows: Tensor, temperature: Tensor, mode: BeliefMode) -> Tensor:
+    """How many standard deviations each action [N, T, A] is off."""
+    found = []
+    for part in torch.split(rows, _DECODED):
+        belief = given.belief(part, temperature, mode)
+        found.append((belief.actions - given.actions[part]).abs() / belief.std.clamp(min=_LEAST_STD))
+    return torch.cat(found)
+
+
+def settings_of(report: BeliefReport) -> BeliefSettings:
+    """What a robot needs of a report."""
+    return BeliefSettings(
+        tuple(choice.temperature for choice in report.choices),
+        {spread.mode: spread.scale for spread in report.spreads},
+    )

@@ -1,0 +1,115 @@
+"""Beliefs decoded by graphs: numpy makes the probabilities that these take, and keeps to the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ..bundle.arrays import AnyArray, BoolArray, Float32Array, Float64Array, Int32Array
+from ..bundle.models import ChunkModel, ModelEntry
+from ..bundle.probabilities import Given, chunk_probabilities, distributions, num_tokens, one_hot, tokens_of
+from .beliefs import BeliefCall
+
+#: So many numbers of the largest array of a graph are computed at once: some tens of megabytes in all.
+_SLICE = 2**20
+
+
+class RunsGraph(Protocol):
+    """A graph with one or two inputs, and two outputs."""
+
+    def run(self, source: AnyArray, second: AnyArray | None, target: AnyArray, other: AnyArray | None, /) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class GraphInputs:
+    """arrays: the graph's inputs, float32; mode_probability: float64 [B]; tokens: the likeliest, int32; certain:
+    bool [B], whether these are all that is possible."""
+
+    arrays: tuple[Float32Array, ...]
+    mode_probability: Float64Array
+    tokens: Int32Array
+    certain: BoolArray
+
+
+class GraphBeliefs:
+    """`DecodesBeliefs` on belief graphs, by the largest prefix that each takes.
+
+    decode: the backend's own: chunks of which everything is certain give the very same.
+    """
+
+    def __init__(
+        self,
+        model: ModelEntry,
+        graphs: Mapping[int, RunsGraph],
+        decode: Callable[[Int32Array, None, Float32Array], None],
+    ) -> None:
+        self._model, self._graphs, self._decode = model, graphs, decode
+
+    # As in the contract.
+    def decode_into(  # noqa: PLR0913
+        self,
+        given: Given,
+        sharpness: Float32Array,
+        call: BeliefCall,
+        actions: Float32Array,
+        std: Float32Array,
+        mode_probability: Float32Array,
+    ) -> None:
+        """See `DecodesBeliefs.decode_belief_into`."""
+        batch, layers = len(actions), num_tokens(given, self._model)
+        tokens, certain = np.empty(self._model.tokens_shape(batch, layers), np.int32), np.empty(batch, np.bool_)
+        graph, size = self._graphs[self._model.graph_of(layers)], _slice_size(self._model, layers)
+        for start in range(0, batch, size):
+            rows = slice(start, start + size)
+            made = graph_inputs(self._model, tuple(array[rows] for array in given), sharpness, call)
+            if not made.certain.all():
+                second = made.arrays[1] if len(made.arrays) == 2 else None
+                graph.run(made.arrays[0], second, actions[rows], std[rows])
+            mode_probability[rows], tokens[rows], certain[rows] = made.mode_probability, made.tokens, made.certain
+        if certain.any():
+            # All of them, since a library may sum in another order for another number of chunks.
+            decoded = np.empty_like(actions)
+            self._decode(tokens, None, decoded)
+            actions[certain], std[certain] = decoded[certain], 0
+
+
+def graph_inputs(model: ModelEntry, given: Given, sharpness: Float32Array, call: BeliefCall) -> GraphInputs:
+    """What a belief graph takes of a question to a backend."""
+    if isinstance(model, ChunkModel):
+        return _of_chunks(model, given, sharpness, call)
+    found = distributions(given[0], sharpness, is_logits=call.is_logits)
+    coarse = found[..., : call.coarse, :]
+    mode_probability = coarse.max(axis=-1).min(axis=(1, 2, 3))
+    if call.keeps_mode:
+        coarse[...] = one_hot(coarse.argmax(axis=-1), model.vocabulary)
+    known = found.astype(np.float32)
+    certain = ((known == 0) | (known == 1)).all(axis=(1, 2, 3, 4))
+    return GraphInputs((known,), mode_probability, known.argmax(axis=-1).astype(np.int32), certain)
+
+
+def _of_chunks(model: ChunkModel, given: Given, sharpness: Float32Array, call: BeliefCall) -> GraphInputs:
+    """Columns of bits: of the first token given each class, of those behind, and what stays unknown (both sides 0)."""
+    found = chunk_probabilities(given, sharpness, model, is_logits=call.is_logits)
+    likeliest = found.classes.argmax(axis=1).astype(np.int32)
+    classes = one_hot(likeliest, model.num_classes) if call.keeps_mode else found.classes.astype(np.float32)
+    batch, cut = len(classes), model.num_classes * found.first.shape[3]
+    bits = np.zeros((batch, 2, model.belief_columns), np.float32)
+    bits[:, :, :cut] = found.first.swapaxes(1, 2).reshape(batch, 2, cut)
+    bits[:, :, cut : cut + found.rest.shape[2]] = found.rest
+    ones = found.of_class(likeliest)[:, 1].astype(np.float32)
+    certain = (classes.max(axis=1) == 1) & ((ones == 0) | (ones == 1)).all(axis=1)
+    tokens = tokens_of(likeliest, (ones > 0.5).astype(np.int32), model)
+    return GraphInputs((classes, bits), found.classes.max(axis=1), tokens, certain)
+
+
+def _slice_size(model: ModelEntry, layers: int) -> int:
+    """How many chunks are computed at once."""
+    if isinstance(model, ChunkModel):
+        latents = model.num_classes * (model.chunk_length * model.action_dim + model.code_bits)
+        numbers = max(latents, model.num_tokens * model.vocabulary)
+    else:
+        numbers = int(np.prod(model.tokens_shape(1, layers))) * model.vocabulary
+    return max(_SLICE // numbers, 1)

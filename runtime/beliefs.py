@@ -1,0 +1,212 @@
+"""What a policy believes, decoded: probabilities or logits of tokens to actions and how far these may be off."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from .backends.beliefs import BeliefCall, belief_backend, coarse_layers
+from .backends.contract import Backend
+from .bundle.arrays import AnyArray, Float32Array, Float64Array, Int32Array
+from .bundle.belief_validation import BeliefValidator, check_mode
+from .bundle.beliefs import Belief, BeliefMode
+from .bundle.errors import IllegalValueError
+from .bundle.models import ChunkModel, ModelEntry
+from .bundle.probabilities import (
+    Given,
+    chunk_probabilities,
+    class_of_tokens,
+    class_probabilities,
+    distributions,
+    drawn,
+    logits_of,
+    one_hot,
+    tokens_of,
+)
+from .bundle.validation import CheckedPair, InputValidator
+
+#: Actions, std and the mode's probability, as a caller passes them: the last two may be None.
+Outputs = tuple[object, object, object]
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """What a backend is asked: `given` and the rest of the call."""
+
+    given: Given
+    sharpness: Float32Array
+    call: BeliefCall
+
+
+@dataclass(frozen=True, eq=False)
+class _HeldCall:
+    """A call whose arrays were checked, to be known when they come again: a control loop's do.
+
+    terms: all that is no array; pairs: of every input with an output; unwanted: std and the mode's probability where
+    the caller gives None for them.
+    """
+
+    terms: tuple[Any, ...]
+    pairs: tuple[CheckedPair, ...]
+    sharpness: Float32Array
+    call: BeliefCall
+    unwanted: tuple[Float32Array, Float32Array]
+
+    def is_of(self, given: tuple[Any, ...], outputs: Outputs) -> bool:
+        """Whether these are the arrays, as they were."""
+        pairs = _paired(given, outputs)
+        return len(pairs) == len(self.pairs) and all(
+            known.is_of(*pair) for known, pair in zip(self.pairs, pairs, strict=True)
+        )
+
+
+class BeliefDecoder:
+    """Decodes beliefs on the backend of one tokenizer. decode: the tokenizer's own, for samples.
+
+    Raises InvalidInputError where the backend decodes none.
+    """
+
+    def __init__(self, model: ModelEntry, backend: Backend, decode: Callable[[Int32Array], Float32Array]) -> None:
+        self._model, self._decode, self._coarse = model, decode, coarse_layers(model)
+        self._validator, self._outputs = BeliefValidator(model), InputValidator(model)
+        self._backend = belief_backend(backend)
+        self._unchecked_chunks = backend.checked_steps // model.chunk_length
+        self._held: _HeldCall | None = None
+
+    def decode(
+        self, value: object, mode: BeliefMode, temperature: object, seed: int | None, *, is_logits: bool
+    ) -> Belief[AnyArray]:
+        """See `ActionTokenizer.decode_probabilities`."""
+        check_mode(mode, seed)
+        question = self._question(value, mode, temperature, is_logits=is_logits, unchecked=0)
+        if mode == "sample":
+            return self._sampled(question, np.random.default_rng(seed))
+        actions, std, probability = self._asked(question)
+        given, call = question.given, question.call
+        if not isinstance(self._model, ChunkModel):
+            likeliest = given[0][..., : self._coarse, :].argmax(axis=-1)
+        else:
+            classes = class_probabilities(given, question.sharpness, self._model, is_logits=call.is_logits)
+            likeliest = classes.argmax(axis=1)
+        return Belief(actions, std, probability, likeliest.astype(np.int32))
+
+    def decode_into(
+        self, value: object, outputs: Outputs, mode: BeliefMode, temperature: object, *, is_logits: bool
+    ) -> None:
+        """See `ActionTokenizer.decode_probabilities_into`."""
+        held, given = self._held, value if type(value) is tuple else (value,)
+        terms = (is_logits, mode, temperature, outputs[1] is None, outputs[2] is None)
+        is_number = type(temperature) is float
+        if held is not None and is_number and held.terms == terms and held.is_of(given, outputs):
+            # Their forms were checked a call ago.
+            std, probability = (
+                kept if out is None else out for kept, out in zip(held.unwanted, outputs[1:], strict=True)
+            )
+            self._run(_Question(given, held.sharpness, held.call), outputs[0], std, probability)
+            return
+        check_mode(mode, None, can_draw=False)
+        question = self._question(value, mode, temperature, is_logits=is_logits, unchecked=self._unchecked_chunks)
+        # The inputs as they were given: a copy that validation made shares no memory with anything.
+        checked = self._checked(cast(Given, given), outputs, len(question.given[0]))
+        self._run(question, *checked)
+        if (
+            is_number
+            and len(question.given[0]) <= self._unchecked_chunks
+            and all(map(operator.is_, question.given, given))
+        ):
+            pairs = tuple(CheckedPair(*pair) for pair in _paired(given, outputs))
+            self._held = _HeldCall(terms, pairs, question.sharpness, question.call, checked[1:])
+
+    def _question(
+        self, value: object, mode: BeliefMode, temperature: object, *, is_logits: bool, unchecked: int
+    ) -> _Question:
+        """Validated. Other temperatures than 1 make logits of probabilities."""
+        given = self._validator.given(value, is_logits=is_logits, unchecked=unchecked)
+        sharpness = self._validator.sharpness(temperature, given)
+        if not is_logits and (sharpness != 1).any():
+            self._validator.check_values(given, is_logits=False)
+            given, is_logits = logits_of(given), True
+        return _Question(given, sharpness, BeliefCall(is_logits, mode == "likeliest mode", self._coarse))
+
+    def _checked(self, given: Given, outputs: Outputs, batch: int) -> tuple[Float32Array, Float32Array, Float32Array]:
+        """Arrays that can be written into, with new ones where nobody wants the result."""
+        actions = self._model.actions_shape(batch)
+        named = zip(("out", "std_out", "mode_probability_out"), outputs, (actions, actions, (batch,)), strict=True)
+        found: list[Float32Array] = []
+        for name, out, shape in named:
+            if out is None and found:
+                found.append(np.empty(shape, np.float32))
+            else:
+                found.append(self._outputs.output(name, out, np.float32, shape, *given, *found))
+        return found[0], found[1], found[2]
+
+    def _asked(self, question: _Question) -> tuple[Float32Array, Float32Array, Float32Array]:
+        batch = len(question.given[0])
+        actions, std = (np.empty(self._model.actions_shape(batch), np.float32) for _ in range(2))
+        probability = np.empty(batch, np.float32)
+        self._run(question, actions, std, probability)
+        return actions, std, probability
+
+    def _run(self, question: _Question, actions: Any, std: Any, probability: Any) -> None:
+        if not question.given[0].shape[0]:
+            return
+        try:
+            self._backend.decode_belief_into(
+                question.given, question.sharpness, question.call, actions, std, probability
+            )
+        except IllegalValueError:
+            # Raises an error that names the value and its place.
+            self._validator.check_values(question.given, is_logits=question.call.is_logits)
+            raise
+
+    def _sampled(self, question: _Question, random: np.random.Generator) -> Belief[AnyArray]:
+        """Tokens that were drawn, decoded; std: of what they leave open within their mode."""
+        if isinstance(self._model, ChunkModel):
+            tokens, mode, mode_probability, known = self._drawn_chunks(self._model, question, random)
+        else:
+            tokens, mode, mode_probability, known = self._drawn_steps(question, random)
+        size = known[0].shape[-2] if len(known) == 1 else 1 + known[1].shape[1]
+        within = _Question(known, np.ones(size, np.float32), BeliefCall(False, False, self._coarse))
+        _, std, _ = self._asked(within)
+        return Belief(self._decode(tokens), std, mode_probability.astype(np.float32), mode)
+
+    def _drawn_steps(
+        self, question: _Question, random: np.random.Generator
+    ) -> tuple[Int32Array, Int32Array, Float64Array, Given]:
+        """Tokens [B, T, D, l], the mode that they are of, the likeliest one's probability, and what is known when the
+        mode is."""
+        found = distributions(question.given[0], question.sharpness, is_logits=question.call.is_logits)
+        tokens, coarse = drawn(found, random), self._coarse
+        mode = np.ascontiguousarray(tokens[..., :coarse])
+        mode_probability = found[..., :coarse, :].max(axis=-1).min(axis=(1, 2, 3))
+        known = found.astype(np.float32)
+        known[..., :coarse, :] = one_hot(mode, self._model.vocabulary)
+        return tokens, mode, mode_probability, (known,)
+
+    def _drawn_chunks(
+        self, model: ChunkModel, question: _Question, random: np.random.Generator
+    ) -> tuple[Int32Array, Int32Array, Float64Array, Given]:
+        """The same of chunk tokens [B, l]. A token is drawn whole where its distribution is given."""
+        given, is_logits = question.given, question.call.is_logits
+        found = chunk_probabilities(given, question.sharpness, model, is_logits=is_logits)
+        if len(given) == 1:
+            tokens = drawn(distributions(given[0], question.sharpness, is_logits=is_logits), random)
+            mode = class_of_tokens(tokens, model)
+            ones = found.of_class(mode)[:, 1]
+        else:
+            mode = drawn(found.classes, random)
+            ones = found.of_class(mode)[:, 1]
+            tokens = tokens_of(mode, random.random(ones.shape) < ones, model)
+        known = one_hot(mode, model.num_classes), ones.astype(np.float32)
+        return tokens, mode, found.classes.max(axis=1), known
+
+
+def _paired(given: tuple[Any, ...], outputs: Outputs) -> list[tuple[Any, Any]]:
+    """Pairs of an input and an output that is wanted, until each was in one. Actions always are."""
+    wanted = [outputs[0], *(out for out in outputs[1:] if out is not None)]
+    count = max(len(given), len(wanted))
+    return [(given[min(place, len(given) - 1)], wanted[min(place, len(wanted) - 1)]) for place in range(count)]

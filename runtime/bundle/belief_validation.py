@@ -1,0 +1,197 @@
+"""Checks what is given of tokens' distributions: what is wrong is named with its place, before anything runs."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+
+from .arrays import AnyArray, BoolArray, Float32Array, unravel
+from .beliefs import BELIEF_MODES, SUM_TOLERANCE
+from .errors import InvalidInputError
+from .models import ChunkModel, ModelEntry
+from .probabilities import Given
+from .validation import as_plain_array, check_prefix, listed, native, refuse_first
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+class BeliefValidator:
+    """Validates what is to be decoded as beliefs of one model. Raises InvalidInputError where its tokens do not decode
+    alone."""
+
+    def __init__(self, model: ModelEntry) -> None:
+        if model.has_stats:
+            raise InvalidInputError(
+                f"tokens of a {model.mode!r} bundle need the mean and sigma of every layer, which no policy predicts, "
+                "so their probabilities cannot be decoded; build the bundle with `--conditioning calibrated` or "
+                "`--conditioning recovered`"
+            )
+        self._model = model
+
+    def given(self, value: object, *, is_logits: bool, unchecked: int = 0) -> Given:
+        """Distributions [B, T, D, l, K] or [B, l, V] in float32, or the pair [B, C] and [B, n] of chunk tokens, as
+        C-contiguous native arrays.
+
+        unchecked: up to so many chunks the backend checks the values. Raises InvalidInputError, UnbuiltPrefixError.
+        """
+        model, name = self._model, "logits" if is_logits else "probabilities"
+        if isinstance(model, ChunkModel) and isinstance(value, tuple):
+            given = self._pair(value)
+        else:
+            given = (self._distributions(name, value),)
+        if len(given[0]) > unchecked:
+            self.check_values(given, is_logits=is_logits)
+        return given
+
+    def check_values(self, given: Given, *, is_logits: bool) -> None:
+        """Raises InvalidInputError for the first distribution, by its place, that is none."""
+        is_pair = len(given) == 2
+        kind = "logits" if is_logits else "probabilities"
+        name = "classes" if is_pair else kind
+        if is_logits:
+            _check_logits(name, given[0])
+        else:
+            _check_probabilities(name, given[0])
+        if is_pair:
+            bits = given[1]
+            # A NaN compares with nothing.
+            right = bits < np.inf if is_logits else (bits >= 0) & (bits <= 1)
+            if not right.all():
+                expected = "a finite logit, or -inf" if is_logits else "the probability that a bit is 1, 0 to 1"
+                refuse_first("bits", bits, right, expected)
+
+    def sharpness(self, temperature: object, given: Given) -> Float32Array:
+        """1 / temperature, one for each layer [l] or token [l], or class and bit [1 + n]. Raises InvalidInputError."""
+        size = given[0].shape[-2] if len(given) == 1 else 1 + given[1].shape[1]
+        try:
+            temperatures = np.asarray(temperature, np.float64)
+        except (TypeError, ValueError):
+            raise InvalidInputError(f"temperature is {temperature!r:.60}; expected a number, or {size}") from None
+        if temperatures.shape not in ((), (size,)):
+            each = "class and bit" if len(given) == 2 else self._model.depth_unit[:-1]
+            raise InvalidInputError(
+                f"temperature has shape {list(temperatures.shape)}; expected one number, or [{size}], one for each "
+                f"{each}"
+            )
+        with np.errstate(all="ignore"):
+            sharpness = (1 / temperatures).astype(np.float32)
+        # As float32, which is what a backend gets; so neither infinite nor 0.
+        if not (np.isfinite(sharpness) & (sharpness > 0)).all():
+            raise InvalidInputError(
+                f"temperature is {temperature!r:.60}; expected positive, finite numbers, whose inverse float32 holds"
+            )
+        return np.ascontiguousarray(np.broadcast_to(sharpness, (size,)))
+
+    def _distributions(self, name: str, value: object) -> Float32Array:
+        model = self._model
+        if isinstance(value, tuple):
+            raise InvalidInputError(
+                f"{name} are a tuple; expected one array [B, T, D, l, K]: a pair of classes and bits is for chunk "
+                f"tokens, and this bundle has {model.mode} tokens"
+            )
+        array = as_plain_array(name, value)
+        grid, words = model.token_grid, model.vocabulary
+        if array.ndim != len(grid) + 3 or array.shape[1:-2] != grid or array.shape[-1] != words:
+            letters = "B, T, D, l, K" if grid else "B, l, V"
+            sizes = ", ".join(["B", *map(str, grid), "l", str(words)])
+            pair = "" if grid else f", or a pair of classes [B, {_num_classes(model)}] and bits [B, n]"
+            raise InvalidInputError(f"{name} have shape {list(array.shape)}; expected [{letters}] = [{sizes}]{pair}")
+        if array.shape[-2] not in model.prefixes:
+            check_prefix(array.shape[:-1], model)
+        return _ready(name, array)
+
+    def _pair(self, value: tuple[object, ...]) -> Given:
+        model = cast(ChunkModel, self._model)
+        if len(value) != 2:
+            raise InvalidInputError(f"a tuple of {len(value)} was given; expected the pair of classes and bits")
+        classes, bits = (as_plain_array(name, part) for name, part in zip(("classes", "bits"), value, strict=True))
+        if classes.ndim != 2 or classes.shape[1] != model.num_classes:
+            raise InvalidInputError(
+                f"classes have shape {list(classes.shape)}; expected [B, C] = [B, {model.num_classes}], the escape "
+                "class last"
+            )
+        if bits.ndim != 2 or len(bits) != len(classes):
+            raise InvalidInputError(
+                f"bits have shape {list(bits.shape)}; expected [B, n] = [{len(classes)}, n] beside classes of shape "
+                f"{list(classes.shape)}"
+            )
+        num_bits, rest = bits.shape[1] + model.class_bits, (bits.shape[1] + model.class_bits) % model.token_bits
+        if rest or not 1 <= num_bits // model.token_bits <= model.num_tokens:
+            least = model.token_bits - model.class_bits
+            most = model.num_tokens * model.token_bits - model.class_bits
+            raise InvalidInputError(
+                f"bits have shape {list(bits.shape)}; expected as many as l whole tokens have behind the class, "
+                f"{least} and then {model.token_bits} more for each further token, {most} at most"
+            )
+        return _ready("classes", classes), _ready("bits", bits)
+
+
+def check_mode(mode: object, seed: object, *, can_draw: bool = True) -> None:
+    """Raises InvalidInputError for no mode, and for a seed where nothing is drawn.
+
+    can_draw: False for calls that write into arrays of the caller.
+    """
+    if mode not in BELIEF_MODES:
+        raise InvalidInputError(f"mode is {mode!r:.60}; expected {listed(tuple(map(repr, BELIEF_MODES)))}")
+    if mode == "sample" and not can_draw:
+        raise InvalidInputError(
+            "mode is 'sample'; expected 'expected' or 'likeliest mode': samples are drawn by decode_probabilities and "
+            "decode_logits, which return new arrays"
+        )
+    if seed is not None and mode != "sample":
+        raise InvalidInputError(
+            f"a seed was given, and mode {mode!r} draws nothing; expected mode 'sample', or no seed"
+        )
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
+        raise InvalidInputError(
+            f"seed is {seed!r:.60}; expected a whole number of 0 or more, or None for another each time"
+        )
+
+
+def _num_classes(model: ModelEntry) -> int:
+    return cast(ChunkModel, model).num_classes
+
+
+def _ready(name: str, array: AnyArray) -> Float32Array:
+    array = native(name, array, (_FLOAT32,))
+    return np.require(array, requirements=["C", "A"])
+
+
+def _check_probabilities(name: str, array: Float32Array) -> None:
+    if not array.size:
+        return
+    with np.errstate(invalid="ignore", over="ignore"):
+        sums = np.add.reduce(array, axis=-1)
+        is_summed = np.abs(sums - 1) <= SUM_TOLERANCE
+    # A NaN is the minimum of any array that holds one, and no comparison with it is true.
+    if not np.minimum.reduce(array, axis=None) >= 0:
+        refuse_first(name, array, array >= 0, "a probability, 0 to 1; or pass logits to decode_logits")
+    if not is_summed.all():
+        index = _place(is_summed)
+        raise InvalidInputError(
+            f"{name}{list(index)} sum to {sums[index]:.6g}; expected a distribution, whose sum is 1 within "
+            f"{SUM_TOLERANCE:g}: pass what softmax gave, or logits to decode_logits"
+        )
+
+
+def _check_logits(name: str, array: Float32Array) -> None:
+    if not array.size:
+        return
+    largest = np.maximum.reduce(array, axis=-1)
+    if np.isfinite(largest).all():
+        # No NaN, no +inf, and one of each that is not -inf.
+        return
+    right = array < np.inf
+    if not right.all():
+        refuse_first(name, array, right, "a finite number, or -inf for what is forbidden")
+    forbidden = largest > -np.inf
+    if not forbidden.all():
+        index = _place(forbidden)
+        raise InvalidInputError(
+            f"{name}{list(index)} are all -inf; expected one finite number at least: something has to be allowed"
+        )
+
+
+def _place(is_right: BoolArray) -> tuple[int, ...]:
+    return unravel(is_right.argmin(), is_right.shape)

@@ -1,0 +1,148 @@
+"""`python calibration/fit.py --beliefs`, from a policy's logits to settings and a report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rfsq.calibration.fit import main
+from rfsq.rfsq_ref.chunk_checkpoint import save_chunk_checkpoint
+from rfsq.runtime.bundle.belief_settings import load_belief_settings
+from tests.chunk_bundles import ChunkRecipe, chunk_checkpoint, random_chunks
+
+COUNT = 24
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "chunk.safetensors"
+    save_chunk_checkpoint(chunk_checkpoint(ChunkRecipe()), path)
+    return path
+
+
+@pytest.fixture
+def said() -> dict[str, np.ndarray]:
+    """What a policy said that knows the recorded tokens, and is not sure."""
+    model = chunk_checkpoint(ChunkRecipe()).model(dtype=torch.float64)
+    actions = random_chunks(model, COUNT)
+    tokens = model.encode(torch.from_numpy(actions).double())
+    random = np.random.default_rng(0)
+    logits = 3 * np.eye(256, dtype=np.float32)[tokens] + random.standard_normal((COUNT, 9, 256)).astype(np.float32)
+    bits = model.code.bits(tokens)
+    return {
+        "actions": actions,
+        "episode": np.arange(COUNT) // 6,
+        "logits": logits,
+        "class_logits": 3 * np.eye(6, dtype=np.float32)[model.code.classes(bits)],
+        "bit_logits": 2 * bits[:, model.sizes.class_bits :].numpy().astype(np.float32) - 1,
+    }
+
+
+def run(folder: Path, arrays: dict[str, Any], *arguments: object) -> int:
+    np.savez(folder / "logits.npz", **arrays)
+    places = (
+        "--beliefs",
+        folder / "logits.npz",
+        "--output",
+        folder / "beliefs.json",
+        "--report-dir",
+        folder / "report",
+    )
+    return main([*map(str, (*places, *arguments))])
+
+
+@pytest.mark.parametrize(("names", "choices"), [(("logits",), 9), (("class_logits", "bit_logits"), 70)])
+def test_settings_and_a_report_are_written(
+    tmp_path: Path, checkpoint: Path, said: dict[str, np.ndarray], names: tuple[str, ...], choices: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    arrays = {name: said[name] for name in ("actions", "episode", *names)}
+    assert run(tmp_path, arrays, "--kind", "chunk", "--checkpoint", checkpoint, "-v") == 0
+    printed = capsys.readouterr().out
+    assert "fitted to 2 episodes, judged on 2 others" in printed
+    settings = load_belief_settings(tmp_path / "beliefs.json")
+    assert len(settings.temperature) == choices
+    assert {mode: len(scale) for mode, scale in settings.std_scale.items()} == {"expected": 3, "likeliest mode": 3}
+    report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert len(report["choices"]) == choices
+    assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+    # A second time nothing is replaced unasked.
+    assert run(tmp_path, arrays, "--kind", "chunk", "--checkpoint", checkpoint) == 2
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "no episodes": ({"episode": None}, "lacks episode; expected the recorded chunks and the episode of each"),
+    "episodes of other chunks": ({"episode": np.arange(3)}, "expected an integer for each of 24 chunks"),
+    "a value that is no number": ({"logits": np.full((COUNT, 9, 256), np.nan, np.float32)}, "no NaN, no +inf"),
+    "nothing that can be": ({"logits": np.full((COUNT, 9, 256), -np.inf, np.float32)}, "a finite logit in each"),
+    "another vocabulary": ({"logits": np.zeros((COUNT, 9, 100), np.float32)}, "expected [N, 9, 256]"),
+    "more tokens than there are": ({"logits": np.zeros((COUNT, 10, 256), np.float32)}, "expected [N, 9, 256]"),
+    "actions of another robot": ({"actions": np.zeros((COUNT, 4, 5), np.float32)}, "expected [N, 4, 3]"),
+    "whole numbers": ({"logits": np.zeros((COUNT, 9, 256), np.int64)}, "expected floating-point numbers"),
+    "no logits": ({"logits": None}, "has no logits; expected logits [N, l, V], or class_logits"),
+    "one episode": ({"episode": np.zeros(COUNT, np.int64)}, "expected two at least"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_fitted_to_is_named(
+    tmp_path: Path, checkpoint: Path, said: dict[str, np.ndarray], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed, message = BROKEN[name]
+    arrays = {key: said[key] for key in ("actions", "episode", "logits")} | changed
+    kept = {key: value for key, value in arrays.items() if value is not None}
+    assert run(tmp_path, kept, "--kind", "chunk", "--checkpoint", checkpoint) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "beliefs.json").exists()
+
+
+def test_a_file_that_is_no_archive_is_named(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "logits.npz"
+    path.write_text("no archive")
+    assert main(["--beliefs", str(path), "--kind", "chunk", "--checkpoint", str(checkpoint)]) == 2
+    assert "is no .npz of arrays" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--beliefs needs the tokenizer that the policy speaks: give it with --checkpoint F"),
+        (["--classes", "8"], "--classes given, which --beliefs does not use"),
+        (["--method", "recovered"], "--method given, which --beliefs does not use"),
+    ],
+)
+def test_what_beliefs_do_not_use_is_refused(
+    tmp_path: Path, said: dict[str, np.ndarray], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, said, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_per_step_tokens_are_fitted_to_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calibrated = tmp_path / "calibrated.safetensors"
+    assert main(["--output", str(calibrated), "--report-dir", str(tmp_path / "fit"), "-q"]) == 0
+    random = np.random.default_rng(0)
+    arrays = {
+        "actions": random.uniform(-0.5, 0.5, (8, 4, 7)).astype(np.float32),
+        "episode": np.arange(8) // 2,
+        "logits": random.standard_normal((8, 4, 16, 3, 7)).astype(np.float32),
+    }
+    assert run(tmp_path, arrays, "--checkpoint", calibrated) == 0
+    assert "layer 2" in capsys.readouterr().out
+    assert len(load_belief_settings(tmp_path / "beliefs.json").temperature) == 3
+    assert (
+        run(
+            tmp_path,
+            arrays | {"logits": np.zeros((8, 4, 16, 3, 5), np.float32)},
+            "--checkpoint",
+            calibrated,
+            "--overwrite",
+        )
+        == 2
+    )
+    assert "expected [N, 4, 16, 3, 7]" in capsys.readouterr().err

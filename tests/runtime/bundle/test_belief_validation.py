@@ -1,0 +1,139 @@
+"""Distributions that are none are refused by name and place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rfsq.runtime import InvalidInputError, UnbuiltPrefixError
+from rfsq.runtime.bundle.belief_validation import BeliefValidator
+from rfsq.runtime.bundle.models import ChunkModel, ModelEntry, StepModel
+from tests.bundles import Recipe, deploy, model_entry
+from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
+
+STEPS: StepModel = model_entry(deploy(Recipe()))
+CHUNKS: ChunkModel = deployed_chunk_tokens(ChunkRecipe()).model
+
+
+def uniform(*shape: int) -> Any:
+    return np.full(shape, 1 / shape[-1], np.float32)
+
+
+def changed(array: Any, place: tuple[int, ...], value: float) -> Any:
+    array = array.copy()
+    array[place] = value
+    return array
+
+
+def refuse(model: ModelEntry, value: Any, message: str, *, is_logits: bool = False) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        BeliefValidator(model).given(value, is_logits=is_logits)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (uniform(2, 2, 4, 3, 4), r"probabilities have shape \[2, 2, 4, 3, 4\]; .* = \[B, 2, 4, l, 5\]"),
+        (uniform(2, 4, 3, 5), r"have shape \[2, 4, 3, 5\]"),
+        (uniform(2, 2, 4, 3, 5).astype(np.float64), r"have type float64; expected float32.*astype\(np.float32\)"),
+        (uniform(2, 2, 4, 3, 5).tolist(), r"is a builtins.list; expected a numpy.ndarray"),
+        ((uniform(2, 6), uniform(2, 5)), "are a tuple; expected one array"),
+        (changed(uniform(2, 2, 4, 3, 5), (1, 0, 3, 2, 4), np.nan), r"probabilities\[1, 0, 3, 2, 4\] is nan"),
+        (changed(uniform(2, 2, 4, 3, 5), (1, 0, 3, 2, 4), -1e-9), r"probabilities\[1, 0, 3, 2, 4\] is -9\.9"),
+        (changed(uniform(2, 2, 4, 3, 5), (1, 0, 3, 2, 4), np.inf), r"probabilities\[1, 0, 3, 2\] sum to inf"),
+        (changed(uniform(2, 2, 4, 3, 5), (1, 0, 3, 2, 4), 0.202), r"\[1, 0, 3, 2\] sum to 1\.002; .* 0\.001"),
+    ],
+)
+def test_steps_that_are_no_distributions_are_refused(value: Any, message: str) -> None:
+    refuse(STEPS, value, message)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ((0, 1, 2, 1, 3), np.nan, r"logits\[0, 1, 2, 1, 3\] is nan"),
+        ((0, 1, 2, 1, 3), np.inf, r"logits\[0, 1, 2, 1, 3\] is inf; expected a finite number, or -inf"),
+        ((0, 1, 2, 1), -np.inf, r"logits\[0, 1, 2, 1\] are all -inf"),
+    ],
+)
+def test_logits_that_mean_nothing_are_refused(place: tuple[int, ...], value: float, message: str) -> None:
+    refuse(STEPS, changed(np.zeros((1, 2, 4, 2, 5), np.float32), place, value), message, is_logits=True)
+
+
+def test_the_largest_logits_are_taken() -> None:
+    largest = np.full((1, 2, 4, 3, 5), np.finfo(np.float32).max, np.float32)
+    (found,) = BeliefValidator(STEPS).given(largest, is_logits=True)
+    assert found is largest
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (uniform(2, 3, 255), r"have shape \[2, 3, 255\]; expected \[B, l, V\] = \[B, l, 256\], or a pair of classes"),
+        ((uniform(2, 6),), "a tuple of 1 was given"),
+        ((uniform(2, 5), uniform(2, 5)), r"classes have shape \[2, 5\]; expected \[B, C\] = \[B, 6\]"),
+        ((uniform(2, 6), uniform(3, 5)), r"bits have shape \[3, 5\]; expected \[B, n\] = \[2, n\]"),
+        ((uniform(2, 6), uniform(2, 6)), r"bits have shape \[2, 6\]; .*, 5 and then 8 more .*, 69 at most"),
+        ((uniform(2, 6), np.empty((2, 0), np.float32)), r"bits have shape \[2, 0\]"),
+        ((uniform(2, 6), uniform(2, 77)), r"bits have shape \[2, 77\]"),
+        ((uniform(2, 6) / 2, uniform(2, 5)), r"classes\[0\] sum to 0\.5"),
+        ((uniform(2, 6), changed(uniform(2, 5), (1, 3), 1.01)), r"bits\[1, 3\] is 1\.0"),
+        ((uniform(2, 6), changed(uniform(2, 5), (1, 3), np.nan)), r"bits\[1, 3\] is nan"),
+    ],
+)
+def test_chunks_that_are_no_distributions_are_refused(value: Any, message: str) -> None:
+    refuse(CHUNKS, value, message)
+
+
+def test_bits_of_infinite_logits_are_refused_but_those_that_forbid() -> None:
+    classes, bits = np.zeros((1, 6), np.float32), np.zeros((1, 5), np.float32)
+    refuse(CHUNKS, (classes, changed(bits, (0, 2), np.inf)), r"bits\[0, 2\] is inf", is_logits=True)
+    refuse(CHUNKS, (classes, changed(bits, (0, 2), np.nan)), r"bits\[0, 2\] is nan", is_logits=True)
+    BeliefValidator(CHUNKS).given((classes, changed(bits, (0, 2), -np.inf)), is_logits=True)
+
+
+def test_layers_and_tokens_that_do_not_decode_are_refused() -> None:
+    for model, shape in ((STEPS, (1, 2, 4, 1, 5)), (CHUNKS, (1, 10, 256)), (CHUNKS, (1, 0, 256))):
+        with pytest.raises(UnbuiltPrefixError):
+            BeliefValidator(model).given(uniform(*shape), is_logits=False)
+
+
+def test_arrays_of_another_layout_are_copied_and_others_are_not() -> None:
+    given = uniform(2, 2, 4, 3, 5)
+    (same,) = BeliefValidator(STEPS).given(given, is_logits=False)
+    assert same is given
+    (copied,) = BeliefValidator(STEPS).given(np.asfortranarray(given), is_logits=False)
+    assert copied.flags.c_contiguous
+    np.testing.assert_array_equal(copied, given)
+    (swapped,) = BeliefValidator(STEPS).given(given.astype(">f4"), is_logits=False)
+    assert swapped.dtype == np.float32
+    np.testing.assert_array_equal(swapped, given)
+
+
+def test_values_that_a_backend_checks_are_left_to_it() -> None:
+    wrong = changed(uniform(2, 2, 4, 3, 5), (1, 0, 3, 2, 4), np.nan)
+    BeliefValidator(STEPS).given(wrong, is_logits=False, unchecked=2)
+    with pytest.raises(InvalidInputError, match="is nan"):
+        BeliefValidator(STEPS).given(wrong, is_logits=False, unchecked=1)
+
+
+@pytest.mark.parametrize(
+    "temperature", [0, -1.0, np.nan, np.inf, 1e-39, 1e60, "warm", None, [1.0, 2.0], [[1.0, 1.0, 1.0]], [1, 1, 0]]
+)
+def test_temperatures_are_positive_finite_and_as_many_as_layers(temperature: Any) -> None:
+    given = BeliefValidator(STEPS).given(uniform(1, 2, 4, 3, 5), is_logits=False)
+    with pytest.raises(InvalidInputError, match="temperature"):
+        BeliefValidator(STEPS).sharpness(temperature, given)
+
+
+def test_a_temperature_is_one_for_all_or_one_for_each() -> None:
+    steps, chunks = BeliefValidator(STEPS), BeliefValidator(CHUNKS)
+    given = steps.given(uniform(1, 2, 4, 3, 5), is_logits=False)
+    assert steps.sharpness(2, given).tolist() == [0.5, 0.5, 0.5]
+    assert steps.sharpness([1, 2, 4], given).tolist() == [1, 0.5, 0.25]
+    pair = chunks.given((uniform(1, 6), uniform(1, 5)), is_logits=False)
+    assert chunks.sharpness(1.0, pair).tolist() == [1] * 6
+    with pytest.raises(InvalidInputError, match=r"\[6\], one for each class and bit"):
+        chunks.sharpness([1, 1], pair)
