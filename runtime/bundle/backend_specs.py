@@ -77,7 +77,15 @@ def is_package_installed(name: str) -> bool:
 
 _SPECS = (
     # Its calls check all values before they compute: those of 64 steps stay in the processor's first cache.
-    BackendSpec("c", ("c", "CBackend"), "c", survives_fork=True, checked_steps=64, has_targets=True),
+    BackendSpec(
+        "c",
+        ("c", "CBackend"),
+        "c",
+        survives_fork=True,
+        checked_steps=64,
+        has_targets=True,
+        decodes_beliefs=True,
+    ),
     BackendSpec(
         "cuda",
         ("cuda", "CudaBackend"),
