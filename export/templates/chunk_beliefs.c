@@ -6,12 +6,12 @@
 enum { ALL_CLASSES = CLASSES + 1, FIRST_BITS = TOKEN_BITS - CLASS_BITS, WORDS = 1 << TOKEN_BITS, PART = 64 };
 
 /*
- * What is believed of a chunk. weights: of each class, up to a factor, 0 where it cannot be. Probabilities that a bit is
- * 1: `first` of those in the first token, given the class, and `rest` of those behind. There is room for a block of
- * escape more, which compilers would warn of.
+ * What is believed of a chunk. weights: of each class, up to a factor, 0 where it cannot be. ones: probabilities that a
+ * code bit is 1; `first` has those in the first token, given each class, and `given_class` puts them in their place.
+ * There is room for a block of escape more, which compilers would warn of.
  */
 struct belief {
-    double weights[ALL_CLASSES], first[ALL_CLASSES][FIRST_BITS + 1], rest[CODE_BITS + BLOCK_BITS];
+    double weights[ALL_CLASSES], first[ALL_CLASSES][FIRST_BITS + 1], ones[CODE_BITS + BLOCK_BITS];
 };
 
 /* What is given of chunks: distributions of words, or of classes, and bits. */
@@ -150,7 +150,7 @@ static void believe_words(struct given given, const float *restrict sharpness, s
         const float *const words = given.words + token * WORDS;
         memset(sums, 0, sizeof sums);
         add_words(reading_of(given.is_logits, sharpness[token], WORDS, words), TOKEN_BITS, words, sums);
-        to_ones(TOKEN_BITS, sums, belief->rest + (token - 1) * TOKEN_BITS);
+        to_ones(TOKEN_BITS, sums, belief->ones + token * TOKEN_BITS - CLASS_BITS);
     }
 }
 
@@ -169,22 +169,19 @@ static void believe_bits(struct given given, const float *restrict sharpness, st
         belief->weights[class] = powers[class];
     for (int j = 0; j < given.num_tokens * TOKEN_BITS - CLASS_BITS; ++j) {
         const double one = given.is_logits ? one_of_logit(given.bits[j], sharpness[1 + j]) : given.bits[j];
-        if (j >= FIRST_BITS)
-            belief->rest[j - FIRST_BITS] = one;
-        else
-            for (int class = 0; class < ALL_CLASSES; ++class)
-                belief->first[class][j] = one;
+        belief->ones[j] = one;
+        for (int class = 0; class < ALL_CLASSES && j < FIRST_BITS; ++class)
+            belief->first[class][j] = one;
     }
 }
 
-/* The probability of code bit j. */
-static inline double one_at(const struct belief *belief, int class, int j)
+static inline void given_class(struct belief *belief, int class)
 {
-    return j < FIRST_BITS ? belief->first[class][j] : belief->rest[j - FIRST_BITS];
+    memcpy(belief->ones, belief->first[class], FIRST_BITS * sizeof(double));
 }
 
 /* Expected values x [ROWS] of a class, from so many code bits, and with `variances` [ROWS] their variances. */
-static void believe_class(const struct belief *restrict belief, int class, int num_bits, float *restrict x,
+static void believe_class(const double *restrict ones, int class, int num_bits, float *restrict x,
                           double *restrict variances)
 {
     /* As in `decode_class`: cells are expected ones, and spread the variance of each. */
@@ -195,7 +192,7 @@ static void believe_class(const struct belief *restrict belief, int class, int n
     }
     for (int j = 0; j < num_bits; ++j) {
         const int latent = ORDER[class][j];
-        const double one = one_at(belief, class, j);
+        const double one = ones[j];
         cells[latent] = 2 * cells[latent] + one;
         spread[latent] = 4 * spread[latent] + one * (1 - one);
         levels[latent] *= 2;
@@ -224,8 +221,7 @@ static void believe_class(const struct belief *restrict belief, int class, int n
 }
 
 /* The same of escape. */
-static void believe_escape(const struct belief *restrict belief, int num_bits, float *restrict x,
-                           double *restrict variances)
+static void believe_escape(const double *restrict ones, int num_bits, float *restrict x, double *restrict variances)
 {
     double cells[BLOCKS * BLOCK_VALUES] = {0}, spread[BLOCKS * BLOCK_VALUES] = {0}, levels[BLOCKS * BLOCK_VALUES];
     const int blocks = num_bits / BLOCK_BITS < BLOCKS ? num_bits / BLOCK_BITS : BLOCKS;
@@ -235,7 +231,7 @@ static void believe_escape(const struct belief *restrict belief, int num_bits, f
         /* How probable each word of the first bits is: each further bit makes two of one. */
         double words[1 << BLOCK_BITS] = {1};
         for (int bit = 0; bit < BLOCK_BITS; ++bit) {
-            const double one = one_at(belief, ESCAPE, block * BLOCK_BITS + bit);
+            const double one = ones[block * BLOCK_BITS + bit];
             for (int word = 1 << bit; word-- > 0;) {
                 words[2 * word + 1] = words[word] * one;
                 words[2 * word] = words[word] * (1 - one);
@@ -253,7 +249,7 @@ static void believe_escape(const struct belief *restrict belief, int num_bits, f
     }
     for (int place = BLOCKS * BLOCK_BITS; place < num_bits; ++place) {
         const int n = (place - BLOCKS * BLOCK_BITS) % N;
-        const double one = one_at(belief, ESCAPE, place);
+        const double one = ones[place];
         cells[n] = 2 * cells[n] + one;
         spread[n] = 4 * spread[n] + one * (1 - one);
         levels[n] *= 2;
@@ -265,24 +261,26 @@ static void believe_escape(const struct belief *restrict belief, int num_bits, f
     }
 }
 
-static void believe_chunk(const struct belief *restrict belief, int class, int num_bits, float *restrict x,
+static void believe_chunk(struct belief *restrict belief, int class, int num_bits, float *restrict x,
                           double *restrict variances)
 {
+    given_class(belief, class);
     if (class < ESCAPE)
-        believe_class(belief, class, num_bits, x, variances);
+        believe_class(belief->ones, class, num_bits, x, variances);
     else
-        believe_escape(belief, num_bits, x, variances);
+        believe_escape(belief->ones, num_bits, x, variances);
 }
 
 /* Whether all is certain: then tokens [num_tokens] are those. */
-static int are_tokens(const struct belief *belief, int likeliest, double total, int num_tokens, int32_t *restrict tokens)
+static int are_tokens(struct belief *belief, int likeliest, double total, int num_tokens, int32_t *restrict tokens)
 {
     if (belief->weights[likeliest] != total)
         return 0;
+    given_class(belief, likeliest);
     memset(tokens, 0, (size_t)num_tokens * sizeof *tokens);
     tokens[0] = likeliest << FIRST_BITS;
     for (int j = 0; j < num_tokens * TOKEN_BITS - CLASS_BITS; ++j) {
-        const double one = one_at(belief, likeliest, j);
+        const double one = belief->ones[j];
         if (one != 0 && one != 1)
             return 0;
         put_bit(tokens, j, (int32_t)one);
