@@ -65,6 +65,6 @@ def belief_backend(backend: Any) -> DecodesBeliefs:
         raise InvalidInputError(
             f"the backend {backend.name!r} of this bundle decodes no probabilities: the bundle was built before there "
             "was a decoder of them, or this backend has none; build the bundle again, or load it with "
-            "backend='onnxruntime'"
+            "backend='c' or backend='onnxruntime'"
         )
     return cast(DecodesBeliefs, backend)
