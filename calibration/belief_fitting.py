@@ -1,5 +1,6 @@
 """From a file of a policy's logits to temperatures, scales and a report of how honest beliefs are."""
 
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STEP, _TOKENS, _BITS = {"logits"}, {"logits"}, {"class_logits", "bit_logits"}
+_LARGEST_ID = 2**62
 #: Of choices, shown without -v.
 _FEW = 12
 
@@ -43,17 +45,21 @@ def load_logits(path: Path, tokens: Checkpoint | ChunkCheckpoint) -> tuple[Polic
     """
     arrays = _read(path)
     actions, episodes = _floats(arrays, "actions", path), arrays["episode"]
-    if actions.ndim != 3 or not len(actions):
+    if actions.ndim != 3 or not actions.numel():
         raise CalibrationError(f"{path}: actions have shape {list(actions.shape)}; expected chunks [N, T, A]")
-    if episodes.shape != (len(actions),) or episodes.dtype.kind not in "iu":
+    if not torch.isfinite(actions).all():
+        raise CalibrationError(f"{path}: actions hold NaN or infinity; leave these chunks out, with their logits")
+    if episodes.shape != (len(actions),) or episodes.dtype.kind not in "iu" or (episodes > _LARGEST_ID).any():
         raise CalibrationError(
             f"{path}: episode is {episodes.dtype} {list(episodes.shape)}; expected an integer for each of "
             f"{len(actions)} chunks"
         )
     said = {name: _floats(arrays, name, path) for name in arrays.keys() - {"actions", "episode"}}
     for name, logits in said.items():
-        is_right = ~(logits.isnan() | logits.isposinf()).any() and torch.isfinite(logits.amax(-1)).all()
-        if len(logits) != len(actions) or not is_right:
+        is_whole = logits.ndim >= 2 and logits.numel() > 0 and len(logits) == len(actions)
+        # Of bits, which are 1 or 0, each has a logit alone.
+        largest = logits.amax(-1) if is_whole and name != "bit_logits" else torch.zeros(1)
+        if not is_whole or (logits.isnan() | logits.isposinf()).any() or not torch.isfinite(largest).all():
             raise CalibrationError(
                 f"{path}: {name} {list(logits.shape)} must have one row for each of {len(actions)} chunks, no NaN, no "
                 "+inf, and a finite logit in each distribution"
@@ -71,7 +77,9 @@ def _of_chunks(path: Path, tokens: ChunkCheckpoint, actions: Tensor, said: dict[
         return TokenLogits(model, actions, said["logits"])
     if said.keys() == _BITS:
         _check(path, "class_logits", said["class_logits"], (sizes.num_classes,))
-        _check(path, "bit_logits", said["bit_logits"], (min(said["bit_logits"].shape[1], sizes.code_bits),))
+        bits = said["bit_logits"]
+        whole = min(max((bits.shape[1] + sizes.class_bits) // sizes.token_bits, 1), sizes.num_tokens)
+        _check(path, "bit_logits", bits, (whole * sizes.token_bits - sizes.class_bits,))
         return BitLogits(model, actions, said["class_logits"], said["bit_logits"])
     raise CalibrationError(
         f"{path} has {', '.join(sorted(said)) or 'no logits'}; expected logits [N, l, V], or class_logits [N, C] and "
@@ -108,8 +116,11 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    # zipfile and numpy raise many kinds of errors for what is no archive of arrays.
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise CalibrationError(f"{path} is no .npz of arrays: {error}; write it with numpy.savez") from error
+    if strange := sorted(name for name, array in arrays.items() if not isinstance(array, np.ndarray)):
+        raise CalibrationError(f"{path}: {', '.join(strange)} are no arrays; write the file with numpy.savez")
     if missing := {"actions", "episode"} - arrays.keys():
         raise CalibrationError(
             f"{path} lacks {', '.join(sorted(missing))}; expected the recorded chunks and the episode of each"
@@ -150,7 +161,7 @@ def format_beliefs(report: BeliefReport, *, is_verbose: bool) -> str:
             "after": f"{100 * spread.within_one[1]:.1f}%",
             f"within 2 std ({100 * WITHIN_TWO:.0f}%)": f"{100 * spread.within_two[0]:.1f}%",
             "after it": f"{100 * spread.within_two[1]:.1f}%",
-            "scale of std": " ".join(f"{value:.2f}" for value in spread.scale),
+            "scale of std": " ".join(f"{value:.2f}" for value in spread.scale or ()) or "none",
         }
         for spread in report.spreads
     ]
@@ -159,7 +170,7 @@ def format_beliefs(report: BeliefReport, *, is_verbose: bool) -> str:
     if len(shown_choices) < len(report.choices):
         parts.append(f"{len(report.choices) - len(shown_choices)} more choices: -v shows all")
     parts.append(Table.of("recorded actions within the standard deviation", spreads).text())
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *report.remarks])
 
 
 def draw_beliefs(report: BeliefReport) -> "Figure":

@@ -6,6 +6,7 @@ and they are not: so each action dimension has a scale, too, with which about as
 deviation, and within two, as of a Gaussian. Episodes that nothing is fitted to judge both.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,12 +31,12 @@ MODES: tuple[BeliefMode, ...] = ("expected", "likeliest mode")
 #: Beyond these a policy knows nothing, or all.
 _SHARPEST, _FLATTEST = 1 / 20, 100.0
 _NEWTON_STEPS, _PARTS, _SCALES = 60, 15, 11
+#: Spreads that are so much too small are those of what was taken as certain, and none of an action.
+_MOST_SCALE = 100.0
 #: A logit of what will not be.
 _UNLIKELY = -1e4
 #: Chunks that are decoded at a time.
 _DECODED = 512
-#: Below any spread of a robot, in its units.
-_LEAST_STD = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +140,11 @@ class ChoiceReport:
 
 @dataclass(frozen=True)
 class SpreadReport:
-    """Of the same windows: scale of each action dimension; within_one, within_two: share of all errors within so many
-    standard deviations, before and after."""
+    """Of the same windows: scale of each action dimension, None where most spreads are 0 or nearly so, which no scale
+    mends; within_one, within_two: share of all errors within so many standard deviations, before and after."""
 
     mode: BeliefMode
-    scale: tuple[float, ...]
+    scale: tuple[float, ...] | None
     within_one: tuple[float, float]
     within_two: tuple[float, float]
 
@@ -160,13 +161,14 @@ class Reliability:
 
 @dataclass(frozen=True)
 class BeliefReport:
-    """fitted, judged: numbers of episodes; reliability: before and after."""
+    """fitted, judged: numbers of episodes; reliability: before and after; remarks: what a person should know."""
 
     fitted: int
     judged: int
     choices: tuple[ChoiceReport, ...]
     spreads: tuple[SpreadReport, ...]
     reliability: tuple[Reliability, Reliability]
+    remarks: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -184,14 +186,37 @@ def calibrate_beliefs(given: PolicyLogits, episodes: Sequence[int], seed: int = 
     shuffled = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
     half = (len(names) + 1) // 2
     fitted, judged = (torch.isin(own, part).nonzero()[:, 0] for part in (shuffled[:half], shuffled[half:]))
-    temperature = torch.tensor([fit_temperature(choice) for choice in given.choices(fitted)]).double()
+    temperature = torch.tensor([fit_temperature(choice) for choice in given.choices(fitted)], dtype=torch.float64)
     choices = given.choices(judged)
+    reports = tuple(_judged(choice, float(value)) for choice, value in zip(choices, temperature, strict=True))
+    spreads = tuple(_spread(given, fitted, judged, temperature, mode) for mode in MODES)
     return BeliefReport(
         fitted=half,
         judged=len(names) - half,
-        choices=tuple(_judged(choice, float(value)) for choice, value in zip(choices, temperature, strict=True)),
-        spreads=tuple(_spread(given, fitted, judged, temperature, mode) for mode in MODES),
+        choices=reports,
+        spreads=spreads,
         reliability=(reliability(choices, torch.ones_like(temperature)), reliability(choices, temperature)),
+        remarks=(*_temperature_remarks(reports), *map(_spread_remark, (part for part in spreads if not part.scale))),
+    )
+
+
+def _temperature_remarks(reports: Sequence[ChoiceReport]) -> list[str]:
+    """Of a policy that knows nothing, or all, or whose logits are no logits of these chunks."""
+    found = []
+    for limit, meaning in (
+        (_FLATTEST, "the policy knows nothing of them; do the logits belong to these chunks, and to this tokenizer?"),
+        (_SHARPEST, "the policy is always right; was it trained on these chunks?"),
+    ):
+        names = [report.name for report in reports if math.isclose(report.temperature, limit, rel_tol=1e-6)]
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            found.append(f"the temperature of {shown} is at its limit, {limit:g}: {meaning}")
+    return found
+
+
+def _spread_remark(spread: SpreadReport) -> str:
+    return (
+        f"most standard deviations of {spread.mode!r} are 0, or far too small, which no scale makes honest: it has none"
     )
 
 
@@ -260,24 +285,27 @@ def calibration_error(choices: Sequence[Choice], temperature: Tensor) -> float:
 
 def _spread(given: PolicyLogits, fitted: Tensor, judged: Tensor, temperature: Tensor, mode: BeliefMode) -> SpreadReport:
     before = _deviations(given, judged, torch.ones_like(temperature), mode)
-    errors = _deviations(given, fitted, temperature, mode).flatten(0, 1)
-    scale = _scale(errors)
-    after = _deviations(given, judged, temperature, mode) / scale
+    scale = _scale(_deviations(given, fitted, temperature, mode).flatten(0, 1))
+    after = _deviations(given, judged, temperature, mode)
+    after = after if scale is None else after / scale
     (one_before, one_after), (two_before, two_after) = (
         [float((part <= most).double().mean()) for part in (before, after)] for most in (1, 2)
     )
-    return SpreadReport(mode, tuple(scale.tolist()), (one_before, one_after), (two_before, two_after))
+    found = None if scale is None else tuple(scale.tolist())
+    return SpreadReport(mode, found, (one_before, one_after), (two_before, two_after))
 
 
-def _scale(errors: Tensor) -> Tensor:
-    """[A] for errors [M, A] in standard deviations.
+def _scale(errors: Tensor) -> Tensor | None:
+    """[A] for errors [M, A] in standard deviations; None where most of these are 0 or far too small.
 
     They have longer tails than a Gaussian, so no scale gives both of its shares: of those between the scale for the one
     and the scale for the other it is the one with the least misses.
     """
-    one, two = torch.from_numpy(np.quantile(errors.numpy(), (WITHIN_ONE, WITHIN_TWO), axis=0))
+    one, two = torch.from_numpy(np.quantile(errors.numpy(), (WITHIN_ONE, WITHIN_TWO), axis=0, method="higher"))
+    if not ((one > 0) & (two <= 2 * _MOST_SCALE)).all():
+        return None
     blend = torch.linspace(0, 1, _SCALES).double().unsqueeze(1)
-    tried = (one ** (1 - blend) * (two / 2) ** blend).clamp(min=_LEAST_STD)
+    tried = one ** (1 - blend) * (two / 2) ** blend
     one_off = (_within(errors, tried) - WITHIN_ONE) / ROOM_ONE
     two_off = (_within(errors, 2 * tried) - WITHIN_TWO) / ROOM_TWO
     best: Tensor = tried.gather(0, (one_off.square() + two_off.square()).argmin(0, keepdim=True))[0]
@@ -290,11 +318,12 @@ def _within(errors: Tensor, most: Tensor) -> Tensor:
 
 
 def _deviations(given: PolicyLogits, rows: Tensor, temperature: Tensor, mode: BeliefMode) -> Tensor:
-    """How many standard deviations each action [N, T, A] is off."""
+    """How many standard deviations each action [N, T, A] is off; of 0 infinitely many, or none where it is right."""
     found = []
     for part in torch.split(rows, _DECODED):
         belief = given.belief(part, temperature, mode)
-        found.append((belief.actions - given.actions[part]).abs() / belief.std.clamp(min=_LEAST_STD))
+        off = (belief.actions - given.actions[part]).abs()
+        found.append(torch.where(off > 0, off / belief.std, 0))
     return torch.cat(found)
 
 
@@ -302,5 +331,5 @@ def settings_of(report: BeliefReport) -> BeliefSettings:
     """What a robot needs of a report."""
     return BeliefSettings(
         tuple(choice.temperature for choice in report.choices),
-        {spread.mode: spread.scale for spread in report.spreads},
+        {spread.mode: spread.scale for spread in report.spreads if spread.scale is not None},
     )

@@ -17,6 +17,7 @@ if __name__ == "__main__":
     run_script("rfsq.calibration.fit")
 
 import argparse
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -240,7 +241,7 @@ def _fit_beliefs(options: argparse.Namespace) -> Outcome:
     return Outcome(
         f"✓ wrote {output} and {report_dir}: {100 * spread.within_one[1]:.0f}% of recorded actions lie within 1 std, "
         f"{100 * spread.within_two[1]:.0f}% within 2, on episodes that nothing was fitted to",
-        {"output": str(output), "report": asdict(report), "settings": asdict(settings_of(report))},
+        {"output": str(output), "report": asdict(report), "settings": json.loads(settings_of(report).text())},
     )
 
 

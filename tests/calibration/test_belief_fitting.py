@@ -30,14 +30,18 @@ def said() -> dict[str, np.ndarray]:
     actions = random_chunks(model, COUNT)
     tokens = model.encode(torch.from_numpy(actions).double())
     random = np.random.default_rng(0)
-    logits = 3 * np.eye(256, dtype=np.float32)[tokens] + random.standard_normal((COUNT, 9, 256)).astype(np.float32)
+
+    def noise(shape: tuple[int, ...]) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
+
+    logits = 3 * np.eye(256, dtype=np.float32)[tokens] + noise((COUNT, 9, 256))
     bits = model.code.bits(tokens)
     return {
         "actions": actions,
         "episode": np.arange(COUNT) // 6,
         "logits": logits,
-        "class_logits": 3 * np.eye(6, dtype=np.float32)[model.code.classes(bits)],
-        "bit_logits": 2 * bits[:, model.sizes.class_bits :].numpy().astype(np.float32) - 1,
+        "class_logits": np.eye(6, dtype=np.float32)[model.code.classes(bits)] + noise((COUNT, 6)),
+        "bit_logits": 2 * bits[:, model.sizes.class_bits :].numpy().astype(np.float32) - 1 + noise((COUNT, 69)),
     }
 
 
@@ -83,6 +87,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "actions of another robot": ({"actions": np.zeros((COUNT, 4, 5), np.float32)}, "expected [N, 4, 3]"),
     "whole numbers": ({"logits": np.zeros((COUNT, 9, 256), np.int64)}, "expected floating-point numbers"),
     "no logits": ({"logits": None}, "has no logits; expected logits [N, l, V], or class_logits"),
+    "actions that are not finite": ({"actions": np.full((COUNT, 4, 3), np.inf, np.float32)}, "leave these chunks out"),
+    "no tokens": ({"logits": np.zeros((COUNT, 0, 256), np.float32)}, "must have one row"),
+    "one axis": ({"logits": np.zeros(COUNT, np.float32)}, "must have one row"),
+    "no words": ({"logits": np.zeros((COUNT, 9, 0), np.float32)}, "must have one row"),
+    "numbers of episodes that no type holds": ({"episode": np.full(COUNT, 2**63, np.uint64)}, "expected an integer"),
     "one episode": ({"episode": np.zeros(COUNT, np.int64)}, "expected two at least"),
 }
 
@@ -97,6 +106,35 @@ def test_what_cannot_be_fitted_to_is_named(
     assert run(tmp_path, kept, "--kind", "chunk", "--checkpoint", checkpoint) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "beliefs.json").exists()
+
+
+def test_bits_are_those_of_whole_tokens(
+    tmp_path: Path, checkpoint: Path, said: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = {name: said[name] for name in ("actions", "episode", "class_logits")}
+    # Forbidden bits are allowed: each is 1 or 0.
+    arrays["bit_logits"] = np.full((COUNT, 13), -np.inf, np.float32)
+    assert run(tmp_path, arrays, "--kind", "chunk", "--checkpoint", checkpoint) == 0
+    for count in (0, 12, 14):
+        arrays["bit_logits"] = np.zeros((COUNT, count), np.float32)
+        assert run(tmp_path, arrays, "--kind", "chunk", "--checkpoint", checkpoint, "--overwrite") == 2
+        assert "bit_logits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"\x93NUMPY\x01\x00"])
+def test_damaged_files_are_named(
+    tmp_path: Path, checkpoint: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "logits.npz"
+    path.write_bytes(content)
+    assert main(["--beliefs", str(path), "--kind", "chunk", "--checkpoint", str(checkpoint)]) == 2
+    assert "is no .npz of arrays" in capsys.readouterr().err
+
+
+def test_an_array_alone_is_no_archive(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "logits.npy", np.zeros(3))
+    assert main(["--beliefs", str(tmp_path / "logits.npy"), "--kind", "chunk", "--checkpoint", str(checkpoint)]) == 2
+    assert "is no .npz of arrays" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_archive_is_named(

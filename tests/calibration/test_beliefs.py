@@ -110,6 +110,29 @@ def test_scales_make_spreads_honest_on_episodes_that_were_not_fitted(factor: flo
     assert settings.std_scale == {spread.mode: spread.scale for spread in report.spreads}
 
 
+def test_spreads_of_nothing_have_no_scale_and_the_shares_are_those_of_the_robot() -> None:
+    given = Spread(600, 1.0)
+    given._std[:, :, 1] = 0
+    report = calibrate_beliefs(given, [index // 100 for index in range(600)])
+    for spread in report.spreads:
+        assert spread.scale is None
+        # Half of all actions have a spread, of one deviation.
+        assert spread.within_one[1] == spread.within_one[0] == pytest.approx(0.6827 / 2, abs=0.03)
+    assert settings_of(report).std_scale == {}
+    assert sum("which no scale makes honest" in remark for remark in report.remarks) == 2
+
+
+@pytest.mark.parametrize(
+    ("logits", "word"), [(torch.zeros(600, 4), "knows nothing"), (2 * torch.eye(4).repeat(150, 1), "always right")]
+)
+def test_a_temperature_at_its_limit_is_remarked_on(logits: Tensor, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, taken = Spread(600, 1.0), torch.arange(600) % 4
+    said = logits.double() + 1e-3 * torch.arange(4)
+    monkeypatch.setattr(given, "choices", lambda rows: [Choice("some", said[rows], taken[rows])])
+    remarks = calibrate_beliefs(given, [index // 100 for index in range(600)]).remarks
+    assert any(word in remark for remark in remarks)
+
+
 def test_one_episode_cannot_be_fitted_and_judged() -> None:
     with pytest.raises(CalibrationError, match="all windows are of 1 episode; expected two at least"):
         calibrate_beliefs(Spread(10, 1.0), [7] * 10)

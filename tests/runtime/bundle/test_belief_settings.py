@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rfsq.runtime import BeliefSettings, InvalidInputError, load_belief_settings
 from rfsq.runtime.bundle.beliefs import Belief
 
-POSITIVE = st.floats(1e-30, 1e30)
+POSITIVE = st.floats(1e-12, 1e12)
 SETTINGS = BeliefSettings((1.5, 2.0), {"expected": (0.5, 2.0)})
 
 
@@ -50,14 +50,33 @@ def test_scales_of_another_mode_or_robot_are_refused(size: int, mode: Any, messa
         SETTINGS.scaled(belief(size), mode)
 
 
-@pytest.mark.parametrize("number", [0.0, -1.0, float("nan"), float("inf")])
-def test_numbers_that_are_no_scales_are_refused(number: float) -> None:
-    with pytest.raises(InvalidInputError, match=r"temperature is .*; expected positive, finite numbers"):
-        BeliefSettings((1.0, number), {})
-    with pytest.raises(InvalidInputError, match=r"expected is .*; expected positive, finite numbers"):
-        BeliefSettings((1.0,), {"expected": (number,)})
-    with pytest.raises(InvalidInputError, match=r"temperature is \[\]"):
-        BeliefSettings((), {})
+NO_NUMBERS: list[Any] = [
+    *([1.0, number] for number in (0.0, -1.0, float("nan"), float("inf"), 1e300, 1e-60)),
+    *((), None, 1.5, "12", ("1",), (True,), [[1.0]], [None], {"a": 1.0}, 10**400, [10**400]),
+]
+
+
+@pytest.mark.parametrize("numbers", NO_NUMBERS, ids=repr)
+def test_what_are_no_scales_is_refused(numbers: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"temperature is .*expected"):
+        BeliefSettings(numbers, {})
+    with pytest.raises(InvalidInputError, match=r"std_scale of 'expected' is .*expected"):
+        BeliefSettings((1.0,), {"expected": numbers})
+
+
+@pytest.mark.parametrize("scales", [None, [("expected", (1.0,))], {"expcted": (1.0,)}])
+def test_scales_of_no_mode_are_refused(scales: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"std_scale (is|has) .*; expected"):
+        BeliefSettings((1.0,), scales)
+
+
+def test_settings_are_nobody_else_s() -> None:
+    temperature, scale = np.ones(2, np.float32), [0.5]
+    settings = BeliefSettings(temperature, {"expected": scale})  # type: ignore[arg-type, dict-item]
+    temperature[0], scale[0] = 9, -5
+    assert settings == BeliefSettings((1.0, 1.0), {"expected": (0.5,)})
+    with pytest.raises(TypeError):
+        settings.std_scale["sample"] = (1.0,)  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -71,12 +90,13 @@ def test_numbers_that_are_no_scales_are_refused(number: float) -> None:
         json.dumps({"format": "rfsq-belief-settings", "temperature": ["1"], "std_scale": {}}),
         json.dumps({"format": "rfsq-belief-settings", "temperature": [1.0], "std_scale": {}, "more": 1}),
         json.dumps({"format": "rfsq-belief-settings", "temperature": [-1.0], "std_scale": {}}),
+        json.dumps({"format": "rfsq-belief-settings", "temperature": [1.0], "std_scale": {"expcted": [1.0]}}),
     ],
 )
 def test_files_that_hold_none_are_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "beliefs.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(InvalidInputError, match=r"positive, finite|holds no settings of beliefs: .*; write"):
+    with pytest.raises(InvalidInputError, match=r"holds no settings of beliefs: .*; write them with"):
         load_belief_settings(path)
     with pytest.raises(InvalidInputError, match="holds no settings of beliefs"):
         load_belief_settings(tmp_path / "nothing.json")
