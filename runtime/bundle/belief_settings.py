@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,10 @@ class BeliefSettings:
                 f"calibrate this mode for this tokenizer with {quoted('calibrate', '--beliefs')}"
             )
         return dataclasses.replace(belief, std=belief.std * np.asarray(scale, belief.std.dtype))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is read alone cannot be copied: a copy is made anew."""
+        return type(self), (self.temperature, dict(self.std_scale))
 
     def text(self) -> str:
         """As a file has it."""

@@ -22,6 +22,7 @@ from rfsq import runtime
 from rfsq.runtime import (
     ActionTokenizer,
     BackendUnavailableError,
+    BeliefSettings,
     BundleError,
     CannotCopyError,
     ChunkVocabulary,
@@ -97,6 +98,10 @@ def told(made: ControlResult) -> list[Any]:
 
 #: What each public class says of itself, once for the original and once for the copy.
 SAMPLES: dict[type[Any], tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    BeliefSettings: (
+        lambda: BeliefSettings((1.5, 2.0), {"expected": (0.5,)}),
+        lambda settings: (settings, settings.text()),
+    ),
     ChunkVocabulary: (
         lambda: CHUNK_VOCABULARY,
         lambda found: (found, found.to_ids(np.ones((1, 4), int)).tolist()),

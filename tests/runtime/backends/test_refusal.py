@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rfsq.export import c_builder, c_source
+from rfsq.export import c_builder, c_tables
 from rfsq.export.build_engine import main as build_engine
 from rfsq.export.plan import DeployMode
 from rfsq.runtime import ActionTokenizer, SelfTestError
@@ -174,11 +174,11 @@ def test_an_engine_without_checks_fails_load_and_selftest_which_name_what_it_too
 def test_a_build_of_an_engine_without_checks_is_red(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    templates = shutil.copytree(c_source._TEMPLATES, tmp_path / "templates")
+    templates = shutil.copytree(c_tables._TEMPLATES, tmp_path / "templates")
     template = templates / c_builder.SOURCE_NAME
     altered = without(TOKEN_CHECK, "(void)tokens;")(template.read_text(encoding="utf-8"))
     template.write_text(altered, encoding="utf-8")
-    monkeypatch.setattr(c_source, "_TEMPLATES", templates)
+    monkeypatch.setattr(c_tables, "_TEMPLATES", templates)
     monkeypatch.setattr("rfsq.export.engines.host_targets", lambda: host_targets()[-1:])
     output = tmp_path / "bundles" / "bundle"
     assert build_engine(["--output", str(output), "--backends", "c", "--parity-steps", "500"]) == 1
