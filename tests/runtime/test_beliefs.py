@@ -166,6 +166,19 @@ def test_tokens_that_are_certain_among_others_do_so_too(case: Case) -> None:
     assert belief.std[[0, 1, 2, 4]].any(axis=(1, 2)).all()
 
 
+@pytest.mark.parametrize("logit", [17.4, 20, 25])
+def test_what_is_nearly_certain_keeps_its_deviation(chunks: Case, logit: float) -> None:
+    classes, (_, mixed) = one_hot(np.arange(5), 6), chunks.pair(9)
+    # float32 rounds a probability near 1 to 1 long before it rounds one near 0 to 0.
+    signs = (np.sign(mixed), np.ones_like(mixed), -np.ones_like(mixed))
+    nearly_bits = [(classes * np.float32(1000), sign * np.float32(logit)) for sign in signs]
+    nearly_class = classes * np.float32(logit), np.where(mixed > 0, np.float32(1e30), np.float32(-np.inf))
+    for given in (*nearly_bits, nearly_class):
+        belief = chunks.tokenizer.decode_logits(given)
+        chunks.assert_is(belief, chunks.expected(given, "expected"))
+        assert belief.std.any(axis=(1, 2)).all()
+
+
 def test_words_that_are_forbidden_are_never_meant(case: Case) -> None:
     prefix = case.tokenizer.prefixes[-1]
     tokens, logits = random_tokens(case, prefix, 5), case.logits(prefix)
