@@ -98,8 +98,9 @@ class BeliefDecoder:
         self, value: object, outputs: Outputs, mode: BeliefMode, temperature: object, *, is_logits: bool
     ) -> None:
         """See `ActionTokenizer.decode_probabilities_into`."""
-        held, given = self._held, value if type(value) is tuple else (value,)
-        terms = (is_logits, mode, temperature, outputs[1] is None, outputs[2] is None)
+        is_pair = isinstance(value, tuple)
+        held, given = self._held, cast(tuple[Any, ...], value if is_pair else (value,))
+        terms = (is_logits, mode, temperature, outputs[1] is None, outputs[2] is None, is_pair and len(given))
         is_number = type(temperature) is float
         if held is not None and is_number and held.terms == terms and held.is_of(given, outputs):
             # Their forms were checked a call ago.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -310,6 +310,28 @@ def test_results_are_written_into_arrays_of_the_caller_again_and_again(case: Cas
         out[...] = 0
         case.tokenizer.decode_probabilities_into(softmax(logits), out, mode=mode)
         np.testing.assert_allclose(out, expected.actions, atol=1e-5)
+
+
+class NamedPair(NamedTuple):
+    classes: Any
+    bits: Any
+
+
+def test_a_named_tuple_is_a_pair_as_well(chunks: Case) -> None:
+    logits, arrays = NamedPair(*chunks.pair(3)), outputs(chunks, 5)
+    expected = chunks.tokenizer.decode_logits(tuple(logits))
+    np.testing.assert_array_equal(chunks.tokenizer.decode_logits(logits).actions, expected.actions)
+    for given in (logits, logits, tuple(logits)):
+        arrays[0][...] = 0
+        chunks.tokenizer.decode_logits_into(given, *arrays)
+        np.testing.assert_array_equal(arrays[0], expected.actions)
+
+
+def test_a_tuple_that_is_no_pair_is_refused_even_after_a_call_with_its_arrays(chunks: Case) -> None:
+    (classes, bits), arrays = chunks.pair(1, 1), outputs(chunks, 1)
+    chunks.tokenizer.decode_logits_into((classes, bits), *arrays)
+    with pytest.raises(InvalidInputError, match="a tuple of 3 was given"):
+        chunks.tokenizer.decode_logits_into((classes, bits, bits), *arrays)
 
 
 def test_what_overlaps_or_cannot_be_written_is_refused(steps: Case) -> None:
