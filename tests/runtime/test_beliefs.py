@@ -405,6 +405,9 @@ def test_arrays_that_have_changed_their_form_are_looked_at_again(steps: Case) ->
     tokenizer.decode_logits_into(logits, out)
     with pytest.raises(InvalidInputError, match="out is a builtins"):
         tokenizer.decode_logits_into(logits, None)
+    for options in ({"mode": np.array(["expected", "x"])}, {"temperature": "2"}):
+        with pytest.raises(InvalidInputError, match=f"{next(iter(options))} is"):
+            tokenizer.decode_logits_into(logits, out, std, probability, **options)
     # Another question about the same arrays is another call.
     tokenizer.decode_logits_into(logits, out, std, probability, mode="likeliest mode")
     np.testing.assert_array_equal(out, steps.tokenizer.decode_logits(logits, mode="likeliest mode").actions)
@@ -449,6 +452,7 @@ def test_layers_that_were_not_built_are_refused(steps: Case) -> None:
     [
         ({"mode": "mean"}, "mode is 'mean'; expected 'expected', 'likeliest mode' or 'sample'"),
         ({"mode": ["expected"]}, r"mode is \['expected'\]"),
+        ({"mode": np.array(["expected", "x"])}, r"mode is array\(\['expected', 'x'\]"),
         ({"seed": 1}, "a seed was given, and mode 'expected' draws nothing"),
         ({"mode": "sample", "seed": -1}, "seed is -1"),
         ({"mode": "sample", "seed": 1.5}, "seed is 1.5"),

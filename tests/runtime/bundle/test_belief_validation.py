@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rfsq.runtime import InvalidInputError, UnbuiltPrefixError
 from rfsq.runtime.bundle.belief_validation import BeliefValidator
@@ -126,6 +127,34 @@ def test_temperatures_are_positive_finite_and_as_many_as_layers(temperature: Any
     given = BeliefValidator(STEPS).given(uniform(1, 2, 4, 3, 5), is_logits=False)
     with pytest.raises(InvalidInputError, match="temperature"):
         BeliefValidator(STEPS).sharpness(temperature, given)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "message"),
+    [
+        ("2", "is a builtins.str of type <U1; expected a float, or 3 of them"),
+        (b"2", r"is a builtins.bytes of type \|S1"),
+        (["2", 1.0, 1.0], "is a builtins.list of type <U"),
+        (True, "is a builtins.bool of type bool"),
+        (1 + 0j, "is a builtins.complex of type complex128"),
+        (10**400, "is a builtins.int of type object"),
+        (np.datetime64("2020-01-01"), "is a numpy.datetime64 of type datetime64"),
+        (np.ma.masked_array([1.0, 2.0, 3.0], [0, 1, 0]), "is a numpy.ma.*MaskedArray of type float64"),
+        (torch.nn.Parameter(torch.ones(3)), "is a torch.nn.parameter.Parameter; expected a float"),
+        ([[1.0], [1.0, 2.0]], "is a builtins.list; expected a float"),
+    ],
+)
+def test_temperatures_that_are_no_real_numbers_are_refused(temperature: Any, message: str) -> None:
+    given = BeliefValidator(STEPS).given(uniform(1, 2, 4, 3, 5), is_logits=False)
+    with pytest.raises(InvalidInputError, match=f"temperature {message}"):
+        BeliefValidator(STEPS).sharpness(temperature, given)
+
+
+@pytest.mark.parametrize("one", [2, 2.0, np.float16(2), np.int64(2), np.array(2.0, np.longdouble)])
+def test_temperatures_of_every_type_of_real_number_are_taken(one: Any) -> None:
+    given = BeliefValidator(STEPS).given(uniform(1, 2, 4, 3, 5), is_logits=False)
+    for temperature in (one, [one] * 3, (one,) * 3, np.array([one] * 3)):
+        assert BeliefValidator(STEPS).sharpness(temperature, given).tolist() == [0.5] * 3
 
 
 def test_a_temperature_is_one_for_all_or_one_for_each() -> None:
