@@ -8,10 +8,10 @@ import numpy as np
 
 from .arrays import AnyArray, BoolArray, Float32Array, Float64Array, unravel
 from .beliefs import BELIEF_MODES, SUM_TOLERANCE
-from .errors import InvalidInputError
+from .errors import InvalidInputError, UnbuiltPrefixError
 from .models import ChunkModel, ModelEntry
 from .probabilities import Given
-from .validation import as_plain_array, check_prefix, kind_of, listed, native, refuse_first
+from .validation import as_plain_array, kind_of, listed, native, refuse_first
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -95,7 +95,7 @@ class BeliefValidator:
             pair = "" if grid else f", or a pair of classes [B, {_num_classes(model)}] and bits [B, n]"
             raise InvalidInputError(f"{name} have shape {list(array.shape)}; expected [{letters}] = [{sizes}]{pair}")
         if array.shape[-2] not in model.prefixes:
-            check_prefix(array.shape[:-1], model)
+            raise UnbuiltPrefixError(_unbuilt(name, array.shape, model))
         return _ready(name, array)
 
     def _pair(self, value: tuple[object, ...]) -> Given:
@@ -162,6 +162,16 @@ def _real_numbers(temperature: object, size: int) -> Float64Array:
     raise InvalidInputError(
         f"temperature is a {kind_of(temperature)}{read}; expected a float, or {size} of them in a list or a "
         "numpy.ndarray"
+    )
+
+
+def _unbuilt(name: str, shape: tuple[int, ...], model: ModelEntry) -> str:
+    """What to say of distributions of layers or tokens that do not decode, as `check_prefix` does of tokens."""
+    count = shape[-2]
+    build = f", or build the bundle with `--prefixes {count}`" if model.token_grid and 1 <= count < model.depth else ""
+    return (
+        f"{name} have shape {list(shape)}, of l = {count} {model.depth_unit}; this bundle decodes "
+        f"{model.prefixes_text}: pass the first so many that the policy gave, {name}[..., :l, :]{build}"
     )
 
 

@@ -443,7 +443,7 @@ def test_a_closed_tokenizer_decodes_nothing(bundle: Path) -> None:
 
 
 def test_layers_that_were_not_built_are_refused(steps: Case) -> None:
-    with pytest.raises(UnbuiltPrefixError, match="tokens have 1 layers"):
+    with pytest.raises(UnbuiltPrefixError, match="of l = 1 layers"):
         steps.tokenizer.decode_logits(steps.logits(1))
 
 

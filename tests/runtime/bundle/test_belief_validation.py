@@ -95,10 +95,22 @@ def test_bits_of_infinite_logits_are_refused_but_those_that_forbid() -> None:
     BeliefValidator(CHUNKS).given((classes, changed(bits, (0, 2), -np.inf)), is_logits=True)
 
 
-def test_layers_and_tokens_that_do_not_decode_are_refused() -> None:
-    for model, shape in ((STEPS, (1, 2, 4, 1, 5)), (CHUNKS, (1, 10, 256)), (CHUNKS, (1, 0, 256))):
-        with pytest.raises(UnbuiltPrefixError):
-            BeliefValidator(model).given(uniform(*shape), is_logits=False)
+@pytest.mark.parametrize("is_logits", [False, True])
+@pytest.mark.parametrize(
+    ("model", "shape", "found"),
+    [
+        (STEPS, (1, 2, 4, 1, 5), r"\[1, 2, 4, 1, 5\], of l = 1 layers; this bundle decodes 2, 3 layers.*--prefixes 1"),
+        (CHUNKS, (1, 10, 256), r"\[1, 10, 256\], of l = 10 tokens; this bundle decodes any first of 9 tokens"),
+        (CHUNKS, (1, 0, 256), r"\[1, 0, 256\], of l = 0 tokens"),
+    ],
+)
+def test_layers_and_tokens_that_do_not_decode_are_refused(
+    model: ModelEntry, shape: tuple[int, ...], found: str, is_logits: bool
+) -> None:
+    name = "logits" if is_logits else "probabilities"
+    with pytest.raises(UnbuiltPrefixError, match=rf"{name} have shape {found}") as caught:
+        BeliefValidator(model).given(uniform(*shape), is_logits=is_logits)
+    assert f"{name}[..., :l, :]" in str(caught.value)
 
 
 def test_arrays_of_another_layout_are_copied_and_others_are_not() -> None:
