@@ -87,13 +87,21 @@ class BeliefValidator:
                 f"{name} are a tuple; expected one array [B, T, D, l, K]: a pair of classes and bits is for chunk "
                 f"tokens, and this bundle has {model.mode} tokens"
             )
-        array = as_plain_array(name, value)
         grid, words = model.token_grid, model.vocabulary
+        if not grid and isinstance(value, list):
+            raise InvalidInputError(
+                f"{name} are a list; expected a numpy.ndarray [B, l, V], or a pair as a tuple: (classes, bits)"
+            )
+        array = as_plain_array(name, value)
         if array.ndim != len(grid) + 3 or array.shape[1:-2] != grid or array.shape[-1] != words:
             letters = "B, T, D, l, K" if grid else "B, l, V"
             sizes = ", ".join(["B", *map(str, grid), "l", str(words)])
             pair = "" if grid else f", or a pair of classes [B, {_num_classes(model)}] and bits [B, n]"
-            raise InvalidInputError(f"{name} have shape {list(array.shape)}; expected [{letters}] = [{sizes}]{pair}")
+            is_single = array.ndim == len(grid) + 2 and array.shape[:-2] == grid and array.shape[-1] == words
+            hint = f"; for a single chunk pass {name}[None]" if is_single else ""
+            raise InvalidInputError(
+                f"{name} have shape {list(array.shape)}; expected [{letters}] = [{sizes}]{pair}{hint}"
+            )
         if array.shape[-2] not in model.prefixes:
             raise UnbuiltPrefixError(_unbuilt(name, array.shape, model))
         return _ready(name, array)

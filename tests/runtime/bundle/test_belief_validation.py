@@ -37,7 +37,8 @@ def refuse(model: ModelEntry, value: Any, message: str, *, is_logits: bool = Fal
     ("value", "message"),
     [
         (uniform(2, 2, 4, 3, 4), r"probabilities have shape \[2, 2, 4, 3, 4\]; .* = \[B, 2, 4, l, 5\]"),
-        (uniform(2, 4, 3, 5), r"have shape \[2, 4, 3, 5\]"),
+        (uniform(2, 4, 3, 5), r"have shape \[2, 4, 3, 5\]; .*; for a single chunk pass probabilities\[None\]$"),
+        (uniform(2, 3, 5), r"have shape \[2, 3, 5\]; expected \[B, T, D, l, K\] = \[B, 2, 4, l, 5\]$"),
         (uniform(2, 2, 4, 3, 5).astype(np.float64), r"have type float64; expected float32.*astype\(np.float32\)"),
         (uniform(2, 2, 4, 3, 5).tolist(), r"is a builtins.list; expected a numpy.ndarray"),
         ((uniform(2, 6), uniform(2, 5)), "are a tuple; expected one array"),
@@ -73,6 +74,8 @@ def test_the_largest_logits_are_taken() -> None:
     ("value", "message"),
     [
         (uniform(2, 3, 255), r"have shape \[2, 3, 255\]; expected \[B, l, V\] = \[B, l, 256\], or a pair of classes"),
+        (uniform(3, 256), r"have shape \[3, 256\]; .*; for a single chunk pass probabilities\[None\]$"),
+        ([uniform(2, 6), uniform(2, 5)], r"probabilities are a list; .*, or a pair as a tuple: \(classes, bits\)"),
         ((uniform(2, 6),), "a tuple of 1 was given"),
         ((uniform(2, 5), uniform(2, 5)), r"classes have shape \[2, 5\]; expected \[B, C\] = \[B, 6\]"),
         ((uniform(2, 6), uniform(3, 5)), r"bits have shape \[3, 5\]; expected \[B, n\] = \[2, n\]"),
