@@ -98,10 +98,12 @@ class BeliefDecoder:
         self, value: object, outputs: Outputs, mode: BeliefMode, temperature: object, *, is_logits: bool
     ) -> None:
         """See `ActionTokenizer.decode_probabilities_into`."""
-        held, given = self._held, value if type(value) is tuple else (value,)
-        terms = (is_logits, mode, temperature, outputs[1] is None, outputs[2] is None)
-        is_number = type(temperature) is float
-        if held is not None and is_number and held.terms == terms and held.is_of(given, outputs):
+        is_pair = isinstance(value, tuple)
+        held, given = self._held, cast(tuple[Any, ...], value if is_pair else (value,))
+        terms = (is_logits, mode, temperature, outputs[1] is None, outputs[2] is None, is_pair and len(given))
+        # Others, such as arrays, compare by rules of their own.
+        is_plain = type(temperature) is float and type(mode) is str
+        if held is not None and is_plain and held.terms == terms and held.is_of(given, outputs):
             # Their forms were checked a call ago.
             std, probability = (
                 kept if out is None else out for kept, out in zip(held.unwanted, outputs[1:], strict=True)
@@ -114,7 +116,7 @@ class BeliefDecoder:
         checked = self._checked(cast(Given, given), outputs, len(question.given[0]))
         self._run(question, *checked)
         if (
-            is_number
+            is_plain
             and len(question.given[0]) <= self._unchecked_chunks
             and all(map(operator.is_, question.given, given))
         ):

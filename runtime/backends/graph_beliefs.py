@@ -85,24 +85,25 @@ def graph_inputs(model: ModelEntry, given: Given, sharpness: Float32Array, call:
     mode_probability = coarse.max(axis=-1).min(axis=(1, 2, 3))
     if call.keeps_mode:
         coarse[...] = one_hot(coarse.argmax(axis=-1), model.vocabulary)
-    known = found.astype(np.float32)
-    certain = ((known == 0) | (known == 1)).all(axis=(1, 2, 3, 4))
-    return GraphInputs((known,), mode_probability, known.argmax(axis=-1).astype(np.int32), certain)
+    # Before what is small is rounded to 0.
+    certain = (np.count_nonzero(found, axis=-1) == 1).all(axis=(1, 2, 3))
+    return GraphInputs((found.astype(np.float32),), mode_probability, found.argmax(axis=-1).astype(np.int32), certain)
 
 
 def _of_chunks(model: ChunkModel, given: Given, sharpness: Float32Array, call: BeliefCall) -> GraphInputs:
     """Columns of bits: of the first token given each class, of those behind, and what stays unknown (both sides 0)."""
     found = chunk_probabilities(given, sharpness, model, is_logits=call.is_logits)
     likeliest = found.classes.argmax(axis=1).astype(np.int32)
-    classes = one_hot(likeliest, model.num_classes) if call.keeps_mode else found.classes.astype(np.float32)
+    classes = one_hot(likeliest, model.num_classes) if call.keeps_mode else found.classes
     batch, cut = len(classes), model.num_classes * found.first.shape[3]
     bits = np.zeros((batch, 2, model.belief_columns), np.float32)
     bits[:, :, :cut] = found.first.swapaxes(1, 2).reshape(batch, 2, cut)
     bits[:, :, cut : cut + found.rest.shape[2]] = found.rest
-    ones = found.of_class(likeliest)[:, 1].astype(np.float32)
-    certain = (classes.max(axis=1) == 1) & ((ones == 0) | (ones == 1)).all(axis=1)
-    tokens = tokens_of(likeliest, (ones > 0.5).astype(np.int32), model)
-    return GraphInputs((classes, bits), found.classes.max(axis=1), tokens, certain)
+    zeros, ones = found.of_class(likeliest).swapaxes(0, 1)
+    # Before rounding, which takes a bit that is 1 for certain long before one that is 0.
+    certain = (np.count_nonzero(classes, axis=1) == 1) & ((zeros == 0) | (ones == 0)).all(axis=1)
+    tokens = tokens_of(likeliest, (ones > zeros).astype(np.int32), model)
+    return GraphInputs((classes.astype(np.float32), bits), found.classes.max(axis=1), tokens, certain)
 
 
 def _slice_size(model: ModelEntry, layers: int) -> int:

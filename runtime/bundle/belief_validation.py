@@ -6,12 +6,12 @@ from typing import cast
 
 import numpy as np
 
-from .arrays import AnyArray, BoolArray, Float32Array, unravel
+from .arrays import AnyArray, BoolArray, Float32Array, Float64Array, unravel
 from .beliefs import BELIEF_MODES, SUM_TOLERANCE
-from .errors import InvalidInputError
+from .errors import InvalidInputError, UnbuiltPrefixError
 from .models import ChunkModel, ModelEntry
 from .probabilities import Given
-from .validation import as_plain_array, check_prefix, listed, native, refuse_first
+from .validation import as_plain_array, kind_of, listed, native, refuse_first
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -64,10 +64,7 @@ class BeliefValidator:
     def sharpness(self, temperature: object, given: Given) -> Float32Array:
         """1 / temperature, one for each layer [l] or token [l], or class and bit [1 + n]. Raises InvalidInputError."""
         size = given[0].shape[-2] if len(given) == 1 else 1 + given[1].shape[1]
-        try:
-            temperatures = np.asarray(temperature, np.float64)
-        except (TypeError, ValueError):
-            raise InvalidInputError(f"temperature is {temperature!r:.60}; expected a number, or {size}") from None
+        temperatures = _real_numbers(temperature, size)
         if temperatures.shape not in ((), (size,)):
             each = "class and bit" if len(given) == 2 else self._model.depth_unit[:-1]
             raise InvalidInputError(
@@ -90,15 +87,23 @@ class BeliefValidator:
                 f"{name} are a tuple; expected one array [B, T, D, l, K]: a pair of classes and bits is for chunk "
                 f"tokens, and this bundle has {model.mode} tokens"
             )
-        array = as_plain_array(name, value)
         grid, words = model.token_grid, model.vocabulary
+        if not grid and isinstance(value, list):
+            raise InvalidInputError(
+                f"{name} are a list; expected a numpy.ndarray [B, l, V], or a pair as a tuple: (classes, bits)"
+            )
+        array = as_plain_array(name, value)
         if array.ndim != len(grid) + 3 or array.shape[1:-2] != grid or array.shape[-1] != words:
             letters = "B, T, D, l, K" if grid else "B, l, V"
             sizes = ", ".join(["B", *map(str, grid), "l", str(words)])
             pair = "" if grid else f", or a pair of classes [B, {_num_classes(model)}] and bits [B, n]"
-            raise InvalidInputError(f"{name} have shape {list(array.shape)}; expected [{letters}] = [{sizes}]{pair}")
+            is_single = array.ndim == len(grid) + 2 and array.shape[:-2] == grid and array.shape[-1] == words
+            hint = f"; for a single chunk pass {name}[None]" if is_single else ""
+            raise InvalidInputError(
+                f"{name} have shape {list(array.shape)}; expected [{letters}] = [{sizes}]{pair}{hint}"
+            )
         if array.shape[-2] not in model.prefixes:
-            check_prefix(array.shape[:-1], model)
+            raise UnbuiltPrefixError(_unbuilt(name, array.shape, model))
         return _ready(name, array)
 
     def _pair(self, value: tuple[object, ...]) -> Given:
@@ -132,7 +137,8 @@ def check_mode(mode: object, seed: object, *, can_draw: bool = True) -> None:
 
     can_draw: False for calls that write into arrays of the caller.
     """
-    if mode not in BELIEF_MODES:
+    # An array has no truth to compare by.
+    if not isinstance(mode, str) or mode not in BELIEF_MODES:
         raise InvalidInputError(f"mode is {mode!r:.60}; expected {listed(tuple(map(repr, BELIEF_MODES)))}")
     if mode == "sample" and not can_draw:
         raise InvalidInputError(
@@ -147,6 +153,34 @@ def check_mode(mode: object, seed: object, *, can_draw: bool = True) -> None:
         raise InvalidInputError(
             f"seed is {seed!r:.60}; expected a whole number of 0 or more, or None for another each time"
         )
+
+
+def _real_numbers(temperature: object, size: int) -> Float64Array:
+    """What are numbers already: numpy would make some of text, of truth values, and of what a mask hides."""
+    try:
+        found = np.asarray(temperature)
+    except Exception:
+        # Whatever somebody's object raises that is no array.
+        read = ""
+    else:
+        if found.dtype.kind in "iuf" and not isinstance(temperature, np.ma.MaskedArray):
+            with np.errstate(over="ignore"):
+                return found.astype(np.float64)
+        read = f" of type {found.dtype}"
+    raise InvalidInputError(
+        f"temperature is a {kind_of(temperature)}{read}; expected a float, or {size} of them in a list or a "
+        "numpy.ndarray"
+    )
+
+
+def _unbuilt(name: str, shape: tuple[int, ...], model: ModelEntry) -> str:
+    """What to say of distributions of layers or tokens that do not decode, as `check_prefix` does of tokens."""
+    count = shape[-2]
+    build = f", or build the bundle with `--prefixes {count}`" if model.token_grid and 1 <= count < model.depth else ""
+    return (
+        f"{name} have shape {list(shape)}, of l = {count} {model.depth_unit}; this bundle decodes "
+        f"{model.prefixes_text}: pass the first so many that the policy gave, {name}[..., :l, :]{build}"
+    )
 
 
 def _num_classes(model: ModelEntry) -> int:

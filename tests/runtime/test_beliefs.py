@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -166,6 +166,19 @@ def test_tokens_that_are_certain_among_others_do_so_too(case: Case) -> None:
     assert belief.std[[0, 1, 2, 4]].any(axis=(1, 2)).all()
 
 
+@pytest.mark.parametrize("logit", [17.4, 20, 25])
+def test_what_is_nearly_certain_keeps_its_deviation(chunks: Case, logit: float) -> None:
+    classes, (_, mixed) = one_hot(np.arange(5), 6), chunks.pair(9)
+    # float32 rounds a probability near 1 to 1 long before it rounds one near 0 to 0.
+    signs = (np.sign(mixed), np.ones_like(mixed), -np.ones_like(mixed))
+    nearly_bits = [(classes * np.float32(1000), sign * np.float32(logit)) for sign in signs]
+    nearly_class = classes * np.float32(logit), np.where(mixed > 0, np.float32(1e30), np.float32(-np.inf))
+    for given in (*nearly_bits, nearly_class):
+        belief = chunks.tokenizer.decode_logits(given)
+        chunks.assert_is(belief, chunks.expected(given, "expected"))
+        assert belief.std.any(axis=(1, 2)).all()
+
+
 def test_words_that_are_forbidden_are_never_meant(case: Case) -> None:
     prefix = case.tokenizer.prefixes[-1]
     tokens, logits = random_tokens(case, prefix, 5), case.logits(prefix)
@@ -299,6 +312,28 @@ def test_results_are_written_into_arrays_of_the_caller_again_and_again(case: Cas
         np.testing.assert_allclose(out, expected.actions, atol=1e-5)
 
 
+class NamedPair(NamedTuple):
+    classes: Any
+    bits: Any
+
+
+def test_a_named_tuple_is_a_pair_as_well(chunks: Case) -> None:
+    logits, arrays = NamedPair(*chunks.pair(3)), outputs(chunks, 5)
+    expected = chunks.tokenizer.decode_logits(tuple(logits))
+    np.testing.assert_array_equal(chunks.tokenizer.decode_logits(logits).actions, expected.actions)
+    for given in (logits, logits, tuple(logits)):
+        arrays[0][...] = 0
+        chunks.tokenizer.decode_logits_into(given, *arrays)
+        np.testing.assert_array_equal(arrays[0], expected.actions)
+
+
+def test_a_tuple_that_is_no_pair_is_refused_even_after_a_call_with_its_arrays(chunks: Case) -> None:
+    (classes, bits), arrays = chunks.pair(1, 1), outputs(chunks, 1)
+    chunks.tokenizer.decode_logits_into((classes, bits), *arrays)
+    with pytest.raises(InvalidInputError, match="a tuple of 3 was given"):
+        chunks.tokenizer.decode_logits_into((classes, bits, bits), *arrays)
+
+
 def test_what_overlaps_or_cannot_be_written_is_refused(steps: Case) -> None:
     logits, (out, std, probability) = steps.logits(3), outputs(steps, 5)
     refuse = pytest.raises(InvalidInputError, match="overlaps")
@@ -370,6 +405,9 @@ def test_arrays_that_have_changed_their_form_are_looked_at_again(steps: Case) ->
     tokenizer.decode_logits_into(logits, out)
     with pytest.raises(InvalidInputError, match="out is a builtins"):
         tokenizer.decode_logits_into(logits, None)
+    for options in ({"mode": np.array(["expected", "x"])}, {"temperature": "2"}):
+        with pytest.raises(InvalidInputError, match=f"{next(iter(options))} is"):
+            tokenizer.decode_logits_into(logits, out, std, probability, **options)
     # Another question about the same arrays is another call.
     tokenizer.decode_logits_into(logits, out, std, probability, mode="likeliest mode")
     np.testing.assert_array_equal(out, steps.tokenizer.decode_logits(logits, mode="likeliest mode").actions)
@@ -405,7 +443,7 @@ def test_a_closed_tokenizer_decodes_nothing(bundle: Path) -> None:
 
 
 def test_layers_that_were_not_built_are_refused(steps: Case) -> None:
-    with pytest.raises(UnbuiltPrefixError, match="tokens have 1 layers"):
+    with pytest.raises(UnbuiltPrefixError, match="of l = 1 layers"):
         steps.tokenizer.decode_logits(steps.logits(1))
 
 
@@ -414,6 +452,7 @@ def test_layers_that_were_not_built_are_refused(steps: Case) -> None:
     [
         ({"mode": "mean"}, "mode is 'mean'; expected 'expected', 'likeliest mode' or 'sample'"),
         ({"mode": ["expected"]}, r"mode is \['expected'\]"),
+        ({"mode": np.array(["expected", "x"])}, r"mode is array\(\['expected', 'x'\]"),
         ({"seed": 1}, "a seed was given, and mode 'expected' draws nothing"),
         ({"mode": "sample", "seed": -1}, "seed is -1"),
         ({"mode": "sample", "seed": 1.5}, "seed is 1.5"),

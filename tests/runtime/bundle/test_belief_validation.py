@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rfsq.runtime import InvalidInputError, UnbuiltPrefixError
 from rfsq.runtime.bundle.belief_validation import BeliefValidator
@@ -36,7 +37,8 @@ def refuse(model: ModelEntry, value: Any, message: str, *, is_logits: bool = Fal
     ("value", "message"),
     [
         (uniform(2, 2, 4, 3, 4), r"probabilities have shape \[2, 2, 4, 3, 4\]; .* = \[B, 2, 4, l, 5\]"),
-        (uniform(2, 4, 3, 5), r"have shape \[2, 4, 3, 5\]"),
+        (uniform(2, 4, 3, 5), r"have shape \[2, 4, 3, 5\]; .*; for a single chunk pass probabilities\[None\]$"),
+        (uniform(2, 3, 5), r"have shape \[2, 3, 5\]; expected \[B, T, D, l, K\] = \[B, 2, 4, l, 5\]$"),
         (uniform(2, 2, 4, 3, 5).astype(np.float64), r"have type float64; expected float32.*astype\(np.float32\)"),
         (uniform(2, 2, 4, 3, 5).tolist(), r"is a builtins.list; expected a numpy.ndarray"),
         ((uniform(2, 6), uniform(2, 5)), "are a tuple; expected one array"),
@@ -72,6 +74,8 @@ def test_the_largest_logits_are_taken() -> None:
     ("value", "message"),
     [
         (uniform(2, 3, 255), r"have shape \[2, 3, 255\]; expected \[B, l, V\] = \[B, l, 256\], or a pair of classes"),
+        (uniform(3, 256), r"have shape \[3, 256\]; .*; for a single chunk pass probabilities\[None\]$"),
+        ([uniform(2, 6), uniform(2, 5)], r"probabilities are a list; .*, or a pair as a tuple: \(classes, bits\)"),
         ((uniform(2, 6),), "a tuple of 1 was given"),
         ((uniform(2, 5), uniform(2, 5)), r"classes have shape \[2, 5\]; expected \[B, C\] = \[B, 6\]"),
         ((uniform(2, 6), uniform(3, 5)), r"bits have shape \[3, 5\]; expected \[B, n\] = \[2, n\]"),
@@ -94,10 +98,22 @@ def test_bits_of_infinite_logits_are_refused_but_those_that_forbid() -> None:
     BeliefValidator(CHUNKS).given((classes, changed(bits, (0, 2), -np.inf)), is_logits=True)
 
 
-def test_layers_and_tokens_that_do_not_decode_are_refused() -> None:
-    for model, shape in ((STEPS, (1, 2, 4, 1, 5)), (CHUNKS, (1, 10, 256)), (CHUNKS, (1, 0, 256))):
-        with pytest.raises(UnbuiltPrefixError):
-            BeliefValidator(model).given(uniform(*shape), is_logits=False)
+@pytest.mark.parametrize("is_logits", [False, True])
+@pytest.mark.parametrize(
+    ("model", "shape", "found"),
+    [
+        (STEPS, (1, 2, 4, 1, 5), r"\[1, 2, 4, 1, 5\], of l = 1 layers; this bundle decodes 2, 3 layers.*--prefixes 1"),
+        (CHUNKS, (1, 10, 256), r"\[1, 10, 256\], of l = 10 tokens; this bundle decodes any first of 9 tokens"),
+        (CHUNKS, (1, 0, 256), r"\[1, 0, 256\], of l = 0 tokens"),
+    ],
+)
+def test_layers_and_tokens_that_do_not_decode_are_refused(
+    model: ModelEntry, shape: tuple[int, ...], found: str, is_logits: bool
+) -> None:
+    name = "logits" if is_logits else "probabilities"
+    with pytest.raises(UnbuiltPrefixError, match=rf"{name} have shape {found}") as caught:
+        BeliefValidator(model).given(uniform(*shape), is_logits=is_logits)
+    assert f"{name}[..., :l, :]" in str(caught.value)
 
 
 def test_arrays_of_another_layout_are_copied_and_others_are_not() -> None:
@@ -126,6 +142,34 @@ def test_temperatures_are_positive_finite_and_as_many_as_layers(temperature: Any
     given = BeliefValidator(STEPS).given(uniform(1, 2, 4, 3, 5), is_logits=False)
     with pytest.raises(InvalidInputError, match="temperature"):
         BeliefValidator(STEPS).sharpness(temperature, given)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "message"),
+    [
+        ("2", "is a builtins.str of type <U1; expected a float, or 3 of them"),
+        (b"2", r"is a builtins.bytes of type \|S1"),
+        (["2", 1.0, 1.0], "is a builtins.list of type <U"),
+        (True, "is a builtins.bool of type bool"),
+        (1 + 0j, "is a builtins.complex of type complex128"),
+        (10**400, "is a builtins.int of type object"),
+        (np.datetime64("2020-01-01"), "is a numpy.datetime64 of type datetime64"),
+        (np.ma.masked_array([1.0, 2.0, 3.0], [0, 1, 0]), "is a numpy.ma.*MaskedArray of type float64"),
+        (torch.nn.Parameter(torch.ones(3)), "is a torch.nn.parameter.Parameter; expected a float"),
+        ([[1.0], [1.0, 2.0]], "is a builtins.list; expected a float"),
+    ],
+)
+def test_temperatures_that_are_no_real_numbers_are_refused(temperature: Any, message: str) -> None:
+    given = BeliefValidator(STEPS).given(uniform(1, 2, 4, 3, 5), is_logits=False)
+    with pytest.raises(InvalidInputError, match=f"temperature {message}"):
+        BeliefValidator(STEPS).sharpness(temperature, given)
+
+
+@pytest.mark.parametrize("one", [2, 2.0, np.float16(2), np.int64(2), np.array(2.0, np.longdouble)])
+def test_temperatures_of_every_type_of_real_number_are_taken(one: Any) -> None:
+    given = BeliefValidator(STEPS).given(uniform(1, 2, 4, 3, 5), is_logits=False)
+    for temperature in (one, [one] * 3, (one,) * 3, np.array([one] * 3)):
+        assert BeliefValidator(STEPS).sharpness(temperature, given).tolist() == [0.5] * 3
 
 
 def test_a_temperature_is_one_for_all_or_one_for_each() -> None:
