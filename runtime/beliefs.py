@@ -11,6 +11,7 @@ import numpy as np
 
 from .backends.beliefs import BeliefCall, belief_backend, coarse_layers
 from .backends.contract import Backend
+from .backends.graph_beliefs import step_mode
 from .bundle.arrays import AnyArray, Float32Array, Float64Array, Int32Array
 from .bundle.belief_validation import BeliefValidator, check_mode
 from .bundle.beliefs import Belief, BeliefMode
@@ -88,11 +89,9 @@ class BeliefDecoder:
         actions, std, probability = self._asked(question)
         given, call = question.given, question.call
         if not isinstance(self._model, ChunkModel):
-            likeliest = given[0][..., : self._coarse, :].argmax(axis=-1)
-        else:
-            classes = class_probabilities(given, question.sharpness, self._model, is_logits=call.is_logits)
-            likeliest = classes.argmax(axis=1)
-        return Belief(actions, std, probability, likeliest.astype(np.int32))
+            return Belief(actions, std, probability, step_mode(given, call.coarse))
+        classes = class_probabilities(given, question.sharpness, self._model, is_logits=call.is_logits)
+        return Belief(actions, std, probability, classes.argmax(axis=1).astype(np.int32))
 
     def decode_into(
         self, value: object, outputs: Outputs, mode: BeliefMode, temperature: object, *, is_logits: bool

@@ -84,10 +84,16 @@ def graph_inputs(model: ModelEntry, given: Given, sharpness: Float32Array, call:
     coarse = found[..., : call.coarse, :]
     mode_probability = coarse.max(axis=-1).min(axis=(1, 2, 3))
     if call.keeps_mode:
-        coarse[...] = one_hot(coarse.argmax(axis=-1), model.vocabulary)
+        coarse[...] = one_hot(step_mode(given, call.coarse), model.vocabulary)
     # Before what is small is rounded to 0.
     certain = (np.count_nonzero(found, axis=-1) == 1).all(axis=(1, 2, 3))
     return GraphInputs((found.astype(np.float32),), mode_probability, found.argmax(axis=-1).astype(np.int32), certain)
+
+
+def step_mode(given: Given, coarse: int) -> Int32Array:
+    """The likeliest coarse tokens [B, T, D, coarse]. Of what was given, for a softmax rounds near logits to a tie."""
+    likeliest: Int32Array = given[0][..., :coarse, :].argmax(axis=-1).astype(np.int32)
+    return likeliest
 
 
 def _of_chunks(model: ChunkModel, given: Given, sharpness: Float32Array, call: BeliefCall) -> GraphInputs:

@@ -220,6 +220,24 @@ def test_no_chunks_are_no_beliefs(case: Case) -> None:
     assert len(belief.mode) == 0
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1e17])
+def test_the_mode_that_is_named_is_the_one_that_is_decoded(case: Case, temperature: float) -> None:
+    prefix = case.tokenizer.prefixes[-1]
+    # By so little that float64 has no room for it beside 1.
+    logits = case.logits(prefix) * np.float32(1e-19 * temperature)
+    belief = case.tokenizer.decode_logits(logits, mode="likeliest mode", temperature=temperature)
+    is_of_mode = np.ones(logits.shape, np.bool_)
+    if case.is_chunk:
+        # The class is the first three bits of the first word, and numbers behind the last class mean it, too.
+        is_of_mode[:, 0] = np.arange(256) // 32 == belief.mode[:, None]
+        is_of_mode[belief.mode == 5, 0, 5 * 32 :] = True
+    else:
+        is_of_mode[..., : belief.mode.shape[-1], :] = one_hot(belief.mode, 5)
+    known = np.where(is_of_mode, logits, np.float32(-np.inf))
+    expected = case.tokenizer.decode_logits(known, temperature=temperature)
+    np.testing.assert_allclose(belief.actions, expected.actions, atol=1e-6)
+
+
 # Temperature ----------------------------------------------------------------------------------------------------------
 
 
