@@ -17,7 +17,6 @@ if __name__ == "__main__":
     run_script("rfsq.evidence.belief_study")
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -33,12 +32,10 @@ from rfsq.calibration.fitting import calibrate
 from rfsq.calibration.settings import CalibrationConfig
 from rfsq.evidence.belief_results import BELIEFS_JSON, BeliefReport, BeliefResults, table
 from rfsq.evidence.belief_tokens import Believer, LeastSquares, OneByOne, OnePass, StepTokens, TwoPasses
-from rfsq.evidence.devices import all_devices, device_name
-from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.faster import FasterConfig, FasterNetwork
 from rfsq.evidence.networks import NetworkRecipe, train_network
 from rfsq.evidence.policies import PolicyConfig, policy_of, train_policy
-from rfsq.evidence.policy_study import CHUNK_LENGTH, OAT_RECIPE, prepare
+from rfsq.evidence.policy_study import CHUNK_LENGTH, OAT_RECIPE, add_study_options, run_study
 from rfsq.evidence.policy_tokens import (
     BinTokens,
     ChunkTokens,
@@ -51,8 +48,6 @@ from rfsq.evidence.policy_tokens import (
 )
 from rfsq.evidence.results import Spread
 from rfsq.evidence.schemes import BinRange, fit_bins
-from rfsq.evidence.settings import SEEDS
-from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, load_checkpoint
 from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkSizes
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, load_demonstrations, split_episodes
@@ -64,7 +59,6 @@ _JUDGED = "validation"
 _BINS, _FAST_SCALE, _STEP_LAYERS = 6, 20.0, 3
 #: Of the residual codebooks: four layers of 1,024 entries for each of three patches.
 _CODEBOOKS = FasterConfig(layers=4, codebook_size=1024)
-_PER_GPU = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,20 +219,6 @@ def _vector_tokens(chunks: Tensor, held_out: Tensor, recipe: NetworkRecipe) -> N
     return NetworkTokens("residual VQ (FASTer)", network.vocabulary, network.cpu())
 
 
-def run_study(
-    study: BeliefStudy, config: PolicyConfig, seeds: Sequence[int], workers: int, output: Path
-) -> BeliefResults:
-    """All jobs, side by side; the file is written as each is done. Raises EvidenceError."""
-    jobs, results = study.jobs(config, seeds, all_devices()), None
-    for place, seed, answers in in_processes(believed, jobs, workers, prepare):
-        print(study.add(place, seed, answers), flush=True)
-        results = study.results(config, device_name())
-        results.write(output)
-    if results is None:
-        raise EvidenceError("no seed was given; expected at least one, like --seeds 0")
-    return results
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     return run(_parser(), _work, arguments)
 
@@ -246,8 +226,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser("evidence/belief_study.py", "decode the probabilities of policies in several ways")
     parser.add_output("the result", Path("docs/results") / BELIEFS_JSON)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S", help="default: 0 1 2")
-    parser.add_argument("--workers", type=positive, metavar="N", help=f"processes; default: {_PER_GPU} for each GPU")
     parser.add_argument(
         "--network-steps",
         type=positive,
@@ -255,20 +233,15 @@ def _parser() -> CommandParser:
         metavar="N",
         help="of the training of OAT and residual VQ; default: %(default)s",
     )
-    parser.add_settings(
-        PolicyConfig(),
-        {"width": "of the policy", "depth": "layers", "steps": "of each training", "batch": "chunks in a step"},
-    )
+    add_study_options(parser)
     return parser
 
 
 def _work(options: argparse.Namespace) -> Outcome:
     refuse_existing([options.output], overwrite=options.overwrite)
-    config = PolicyConfig(options.width, options.depth, steps=options.steps, batch=options.batch)
     dataset = load_demonstrations()
     split = split_episodes(dataset)
     study = BeliefStudy(dataset, split, entries_of(split, replace(OAT_RECIPE, steps=options.network_steps)))
-    workers = options.workers or _PER_GPU * torch.cuda.device_count() or os.cpu_count() or 1
-    results = run_study(study, config, tuple(options.seeds), workers, options.output)
+    results = run_study(study, believed, options)
     print(table(results).text())
     return Outcome(f"✓ wrote {options.output}", {"reports": len(results.reports)})

@@ -18,9 +18,10 @@ if __name__ == "__main__":
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.policies import PolicyConfig, policy_of, train_policy
 from rfsq.evidence.policy_results import AUTOREGRESSIVE, POLICIES_JSON, PolicyReport, PolicyResults, PrefixReport, table
 from rfsq.evidence.policy_tokens import PolicyTokens, all_tokens, contexts
-from rfsq.evidence.results import Spread
+from rfsq.evidence.results import Document, Spread
 from rfsq.evidence.settings import SEEDS
 from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, load_demonstrations, split_episodes
@@ -43,6 +44,12 @@ from rfsq.runtime.bundle.paths import refuse_existing
 
 CHUNK_LENGTH = 8
 OAT_RECIPE = NetworkRecipe(steps=5_000, learning_rate=1e-3)
+_Job = TypeVar("_Job")
+_Answers = TypeVar("_Answers")
+_Results = TypeVar("_Results", bound=Document)
+_JobOut = TypeVar("_JobOut", covariant=True)
+_AnswersIn = TypeVar("_AnswersIn", contravariant=True)
+_ResultsOut = TypeVar("_ResultsOut", bound=Document, covariant=True)
 #: How many of the tokens said so far each kind of policy is shown.
 POLICIES = {AUTOREGRESSIVE: None, "in two passes": 1}
 #: Processes that share one GPU: a policy is too small to fill it.
@@ -177,16 +184,47 @@ class Study:
         return PolicyReport(tokens.name, self.entries[place].policy, tokens.vocabulary, prefixes)
 
 
-def run_study(study: Study, config: PolicyConfig, seeds: Sequence[int], workers: int, output: Path) -> PolicyResults:
-    """All jobs, side by side; the file is written as each is done. Raises EvidenceError."""
-    jobs, results = study.jobs(config, seeds, all_devices()), None
-    for place, seed, answers in in_processes(said, jobs, workers, prepare):
+class Studied(Protocol[_JobOut, _AnswersIn, _ResultsOut]):
+    """What `run_study` runs: jobs, each with a place and a seed, and what becomes of their answers."""
+
+    def jobs(self, config: PolicyConfig, seeds: Sequence[int], devices: Sequence[str]) -> Sequence[_JobOut]: ...
+
+    def add(self, place: int, seed: int, answers: _AnswersIn) -> str: ...
+
+    def results(self, config: PolicyConfig, device: str) -> _ResultsOut: ...
+
+
+def run_study(
+    study: Studied[_Job, _Answers, _Results],
+    work: Callable[[_Job], tuple[int, int, _Answers]],
+    options: argparse.Namespace,
+) -> _Results:
+    """All jobs, side by side; the file is written as each is done. options: of `add_study_options`, and the output.
+
+    Raises EvidenceError.
+    """
+    config = PolicyConfig(options.width, options.depth, steps=options.steps, batch=options.batch)
+    workers = options.workers or _PER_GPU * torch.cuda.device_count() or os.cpu_count() or 1
+    results: _Results | None = None
+    for place, seed, answers in in_processes(
+        work, study.jobs(config, tuple(options.seeds), all_devices()), workers, prepare
+    ):
         print(study.add(place, seed, answers), flush=True)
         results = study.results(config, device_name())
-        results.write(output)
+        results.write(options.output)
     if results is None:
         raise EvidenceError("no seed was given; expected at least one, like --seeds 0")
     return results
+
+
+def add_study_options(parser: CommandParser) -> None:
+    """Of every study that trains policies side by side."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S", help="default: 0 1 2")
+    parser.add_argument("--workers", type=positive, metavar="N", help=f"processes; default: {_PER_GPU} for each GPU")
+    parser.add_settings(
+        PolicyConfig(),
+        {"width": "of the policy", "depth": "layers", "steps": "of each training", "batch": "chunks in a step"},
+    )
 
 
 def prepare() -> None:
@@ -202,8 +240,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser("evidence/policy_study.py", "train the same policy on several kinds of tokens, and judge it")
     parser.add_output("the result", Path("docs/results") / POLICIES_JSON)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S", help="default: 0 1 2")
-    parser.add_argument("--workers", type=positive, metavar="N", help=f"processes; default: {_PER_GPU} for each GPU")
     parser.add_argument(
         "--oat-steps",
         type=positive,
@@ -211,20 +247,15 @@ def _parser() -> CommandParser:
         metavar="N",
         help="of OAT's training; default: %(default)s",
     )
-    parser.add_settings(
-        PolicyConfig(),
-        {"width": "of the policy", "depth": "layers", "steps": "of each training", "batch": "chunks in a step"},
-    )
+    add_study_options(parser)
     return parser
 
 
 def _work(options: argparse.Namespace) -> Outcome:
     refuse_existing([options.output], overwrite=options.overwrite)
-    config = PolicyConfig(options.width, options.depth, steps=options.steps, batch=options.batch)
     dataset = load_demonstrations()
     split = split_episodes(dataset)
     study = Study(dataset, split, all_tokens(split, CHUNK_LENGTH, replace(OAT_RECIPE, steps=options.oat_steps)))
-    workers = options.workers or _PER_GPU * torch.cuda.device_count() or os.cpu_count() or 1
-    results = run_study(study, config, tuple(options.seeds), workers, options.output)
+    results = run_study(study, said, options)
     print(table(results).text())
     return Outcome(f"✓ wrote {options.output}", {"reports": len(results.reports)})
