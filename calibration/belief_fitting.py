@@ -64,8 +64,9 @@ def load_logits(path: Path, tokens: Checkpoint | ChunkCheckpoint) -> tuple[Polic
                 f"{path}: {name} {list(logits.shape)} must have one row for each of {len(actions)} chunks, no NaN, no "
                 "+inf, and a finite logit in each distribution"
             )
-    given = _of_chunks(path, tokens, actions, said) if isinstance(tokens, ChunkCheckpoint) else None
-    return given or _of_steps(path, tokens, actions, said), episodes.tolist()  # type: ignore[arg-type]
+    if isinstance(tokens, ChunkCheckpoint):
+        return _of_chunks(path, tokens, actions, said), episodes.tolist()
+    return _of_steps(path, tokens, actions, said), episodes.tolist()
 
 
 def _of_chunks(path: Path, tokens: ChunkCheckpoint, actions: Tensor, said: dict[str, Tensor]) -> PolicyLogits:

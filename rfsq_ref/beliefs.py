@@ -81,21 +81,17 @@ def chunk_belief(
     model: ChunkTokenizer, known: BitProbabilities, mode: BeliefMode, generator: torch.Generator | None
 ) -> Belief[Tensor]:
     """Actions of what is `known`; generator: of samples."""
-    sizes, code = model.sizes, model.code
+    sizes, code, bits = model.sizes, model.code, known.bits
     probability, likeliest = known.classes.max(dim=1)
-    if mode == "expected":
-        weights, chosen, bits = known.classes, likeliest, known.bits
-    else:
-        chosen = likeliest if mode == "likeliest mode" else _drawn(known.classes, generator)
-        weights = _one_hot(chosen, known.classes)
-        bits = known.bits
-    rows = torch.arange(len(bits), device=bits.device)
+    chosen = _drawn(known.classes, generator) if mode == "sample" else likeliest
+    weights = known.classes if mode == "expected" else _one_hot(chosen, known.classes)
     found = [_in_class(code, bits[:, index], index) for index in range(sizes.num_classes)]
     means, variances = (torch.stack(part, dim=1) for part in zip(*found, strict=True))
     weights = weights.unsqueeze(-1)
     mean = (weights * means).sum(1)
     variance = (weights * (variances + (means - mean.unsqueeze(1)).square())).sum(1)
     if mode == "sample":
+        rows = torch.arange(len(bits), device=bits.device)
         drawn = torch.bernoulli(bits[rows, chosen], generator=generator)
         mean = code.decode_bits(torch.cat((binary(chosen, sizes.class_bits), drawn.long()), dim=1))
     shape = (-1, sizes.chunk_length, sizes.action_dim)
