@@ -39,6 +39,10 @@ class LinearForm(StrEnum):
         return self is not LinearForm.GEMM
 
 
+#: The forms of graphs that decode probabilities. A host has validated these, so that no form marks what is illegal.
+BELIEF_FORMS = (LinearForm.GEMM, LinearForm.REDUCE)
+
+
 @dataclass
 class GraphBuilder:
     """Collects nodes and constants; values are named after what they hold."""
