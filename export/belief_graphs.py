@@ -7,7 +7,6 @@ from onnx import TensorProto
 from rfsq.export.graph_builder import LinearForm, batched
 from rfsq.export.graphs import LayerBuilder, largest_sum
 from rfsq.export.plan import DecoderPlan
-from rfsq.runtime.bundle.arrays import Float32Array
 
 #: Beyond it the derivative of Mish is 1.
 _STRAIGHT = 20.0
@@ -27,13 +26,6 @@ class _BeliefBuilder(LayerBuilder):
     def summed(self, value: str, axis: int, output: str, *, keep: bool = False) -> str:
         place = self.constant(f"axis_{axis}", np.array([axis], np.int64))
         return self.apply("ReduceSum", [value, place], output, keepdims=int(keep))
-
-    def product(self, rows: str, name: str, matrix: Float32Array, output: str) -> str:
-        """rows [N, A, n] times the constant `name` [n, m]: [N, A, m]."""
-        if self.form is not LinearForm.REDUCE:
-            return self.apply("MatMul", [rows, self.constant(name, matrix)], output)
-        wide = self.apply("Unsqueeze", [rows, self.constant("axis_2", np.array([2], np.int64))], f"{output}.wide")
-        return self.summed(self.apply("Mul", [wide, self.constant(name, matrix.T)], f"{output}.products"), 3, output)
 
 
 def belief_graph(plan: DecoderPlan, form: LinearForm = LinearForm.GEMM) -> bytes:

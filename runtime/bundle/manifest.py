@@ -63,7 +63,8 @@ class GraphEntry:
     """An ONNX file; prefix: the layers l that a decoder takes, or the most chunk tokens; L for the encoder.
 
     A graph of the role `belief` decodes probabilities: there is one beside each decoder, in the forms `gemm` and
-    `reduce`. Older bundles have them in `gemm` alone, or none; and so have those whose tokens do not decode on their own.
+    `reduce`. Older bundles have them in `gemm` alone, or none at all, as those have whose tokens do not decode on their
+    own.
 
     form: how the linear layers are written: `gemm` for ONNX Runtime on the CPU, `gemm_marked` for it on the GPU,
     `reduce` for TensorRT (`export/graph_builder.py` says why).
