@@ -229,6 +229,16 @@ def kernel_name(prefix: int | None, token_type: str, kind: KernelKind) -> str:
     return f"{role}_{token_type}_{kind}"
 
 
+#: How a call of a kernel of beliefs takes what is given: bits of its terms.
+IS_LOGITS, KEEPS_MODE = 1, 2
+
+
+def belief_kernel_name(form: int | str) -> str:
+    """What they call the kernel that decodes beliefs. form: the prefix of per-step tokens, or what is given of chunk
+    tokens."""
+    return f"decode_beliefs_{form if isinstance(form, str) else f'l{form}'}"
+
+
 def sorter_name(prefix: int, token_type: str) -> str:
     """What they call the kernel that sorts chunks by class for a decoder of many.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,10 @@ from rfsq.export.chunk_tokens import ChunkTokens
 from rfsq.runtime.bundle.manifest import (
     CHUNKS_OF_BLOCK,
     CHUNKS_OF_WINDOW,
+    IS_LOGITS,
+    KEEPS_MODE,
     KernelKind,
+    belief_kernel_name,
     bytes_of_window,
     kernel_name,
     sorter_name,
@@ -60,26 +63,29 @@ class Kernels:
         name: str,
         grid: tuple[int, int],
         inputs: list[np.ndarray],
-        shapes: list[tuple[tuple[int, ...], str]],
+        shapes: Sequence[tuple[tuple[int, ...], str] | None],
         numbers: tuple[int, ...],
         *,
         is_backwards: bool = False,
     ) -> list[np.ndarray]:
-        """grid: blocks, and threads of each; shapes: of the outputs, with their types; numbers: further arguments."""
-        sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
+        """grid: blocks, and threads of each; shapes: of the outputs, with their types, None for what is a null pointer;
+        numbers: further arguments."""
+        outputs = [given for given in shapes if given is not None]
+        sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in outputs]
         written = [aligned((size + GUARD_BYTES,), np.uint8) for size in sizes]
         for memory in written:
             memory.fill(GUARD)
-        arrays = [*map(_copied, inputs), *written]
-        counts = len(arrays), len(numbers)
-        values = (ctypes.c_void_p * sum(counts))(*(array.ctypes.data for array in arrays), *numbers)
+        arrays, left = [*map(_copied, inputs)], iter(written)
+        pointers = [array.ctypes.data for array in arrays]
+        pointers += [0 if given is None else next(left).ctypes.data for given in shapes]
+        values = (ctypes.c_void_p * (len(pointers) + len(numbers)))(*pointers, *numbers)
         kernel = ctypes.cast(self._library[name], ctypes.c_void_p)
-        assert self._library.run_kernel(kernel, *grid, is_backwards, values, *counts), "threads wait"
+        assert self._library.run_kernel(kernel, *grid, is_backwards, values, len(values)), "threads wait"
         for memory, size in zip(written, sizes, strict=True):
             assert (memory[size:] == GUARD).all(), "written beyond the end"
         return [
             memory[:size].view(dtype).reshape(shape)
-            for memory, size, (shape, dtype) in zip(written, sizes, shapes, strict=True)
+            for memory, size, (shape, dtype) in zip(written, sizes, outputs, strict=True)
         ]
 
 
@@ -121,6 +127,36 @@ class CudaOnCpu:
         shape = (len(tokens), self._recipe.config.action_dim)
         [actions] = self._run(name, inputs, [(shape, "float32")], is_backwards)
         return actions
+
+    def beliefs(
+        self,
+        given: np.ndarray,
+        *,
+        is_logits: bool,
+        keeps_mode: bool = False,
+        coarse: int = 1,
+        sharpness: np.ndarray | None = None,
+        has_all: bool = True,
+        is_backwards: bool = False,
+    ) -> list[np.ndarray]:
+        """given [B, T, D, l, K] -> actions and, with has_all, std [B, T, A], mode_probability [B], mode
+        [B, T, D, coarse]."""
+        sizes, (batch, length, latents, layers, _) = self._recipe.config, given.shape
+        actions = ((batch, length, sizes.action_dim), "float32")
+        others = actions, ((batch,), "float32"), ((batch, length, latents, coarse), "int32")
+        gathered = np.zeros((batch, 2), np.uint32)
+        terms = is_logits * IS_LOGITS + keeps_mode * KEEPS_MODE
+        numbers = (0 if sharpness is None else sharpness.ctypes.data, gathered.ctypes.data, terms, coarse)
+        found = self._kernels.run(
+            belief_kernel_name(layers),
+            (batch * length, constant(self.source, "BELIEF_THREADS")),
+            [given],
+            [actions, *(output if has_all else None for output in others)],
+            numbers,
+            is_backwards=is_backwards,
+        )
+        assert not gathered.any(), "what the blocks tell each other is not as it was"
+        return found
 
     def _run(
         self, name: str, inputs: list[np.ndarray], shapes: list[tuple[tuple[int, ...], str]], is_backwards: bool
