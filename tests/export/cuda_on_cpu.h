@@ -58,6 +58,10 @@ inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift)
     return (unsigned)(((unsigned long long)high << 32 | low) << (shift & 31) >> 32);
 }
 
+/* As wrong as they may be on a GPU. */
+inline float __fdividef(float a, float b) { return a / b * (1 + 0x1p-22f); }
+inline float __log2f(float x) { return log2f(x) * (1 + 0x1p-22f); }
+
 /* Threads take turns at barriers alone. */
 inline int atomicAdd(int *target, int value) { return (*target += value) - value; }
 inline int atomicOr(int *target, int value)
@@ -67,6 +71,7 @@ inline int atomicOr(int *target, int value)
     return before;
 }
 
+inline unsigned atomicAdd(unsigned *target, unsigned value) { return (*target += value) - value; }
 inline unsigned atomicMax(unsigned *target, unsigned value)
 {
     const unsigned before = *target;
@@ -88,6 +93,7 @@ inline unsigned atomicExch(unsigned *target, unsigned value)
 inline void __threadfence() {}
 
 template <class T> T __ldcs(const T *source) { return *source; }
+template <class T> T __ldcg(const T *source) { return *source; }
 template <class T> void __stcs(T *target, T value) { *target = value; }
 
 /* What stands for the instructions of PTX. */

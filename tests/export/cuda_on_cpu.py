@@ -12,12 +12,15 @@ import numpy as np
 
 from rfsq.export.chunk_tokens import ChunkTokens
 from rfsq.runtime.bundle.manifest import (
+    BELIEF_HEADER_BYTES,
     CHUNKS_OF_BLOCK,
     CHUNKS_OF_WINDOW,
     IS_LOGITS,
     KEEPS_MODE,
+    TAKES_TURNS,
     KernelKind,
     belief_kernel_name,
+    belief_slot_bytes,
     bytes_of_window,
     kernel_name,
     sorter_name,
@@ -42,6 +45,7 @@ INSTRUCTIONS = {
     ),
 }
 CHUNK_INSTRUCTIONS = {
+    'asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));': "x = ptx_ex2(x);",
     'asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));': "inverse = ptx_rcp(b);",
 }
 #: Stands behind every output, and has to stand there afterwards.
@@ -209,6 +213,45 @@ class ChunkCudaOnCpu:
             numbers = (*numbers, memory.ctypes.data)
         shape = self._model.actions_shape(len(tokens))
         return self._run("decoder", kind, tokens, (shape, "float32"), numbers, is_backwards, blocks)
+
+    def beliefs(
+        self,
+        given: tuple[np.ndarray, ...],
+        *,
+        is_logits: bool,
+        keeps_mode: bool = False,
+        sharpness: np.ndarray | None = None,
+        consumers: int = 3,
+        has_all: bool = True,
+        is_backwards: bool = False,
+    ) -> list[np.ndarray]:
+        """Words [B, l, V], or classes [B, C] and bits [B, n] -> actions and, with has_all, std [B, T, A],
+        mode_probability [B], mode [B]. consumers: blocks of a chunk that decode classes."""
+        model, batch = self._model, len(given[0])
+        consumers = min(consumers, model.num_classes)
+        size = belief_slot_bytes(model.chunk_length * model.action_dim, model.num_classes, model.depth * model.token_bits)
+        name = belief_kernel_name("words" if len(given) == 1 else "bits", size)
+        tokens = given[0].shape[1] if len(given) == 1 else (model.class_bits + given[1].shape[1]) // model.token_bits
+        memory = aligned((BELIEF_HEADER_BYTES + batch * size + GUARD_BYTES,), np.uint8)
+        memory[-GUARD_BYTES:] = GUARD
+        actions, chunks = (model.actions_shape(batch), "float32"), (batch,)
+        # What others wait for goes first, in whichever order the blocks come.
+        terms = is_logits * IS_LOGITS + keeps_mode * KEEPS_MODE + TAKES_TURNS
+        sharp = 0 if sharpness is None else sharpness.ctypes.data
+        threads = self._threads(name)
+        producers = 0 if len(given) == 2 else -(-(tokens - 1) // (threads // 32))
+        found = self._kernels.run(
+            name,
+            (batch * (producers + consumers), threads),
+            list(given),
+            [actions, *(part if has_all else None for part in (actions, (chunks, "float32"), (chunks, "int32")))],
+            (sharp, memory.ctypes.data, terms, tokens, consumers),
+            is_backwards=is_backwards,
+        )
+        assert (memory[-GUARD_BYTES:] == GUARD).all(), "written beyond the end"
+        told = memory[BELIEF_HEADER_BYTES:-GUARD_BYTES].reshape(batch, size)[:, :16]
+        assert not told.any() and not memory[:BELIEF_HEADER_BYTES].any(), "what blocks tell each other is not as it was"
+        return found
 
     def _sort(self, tokens: np.ndarray, *, is_backwards: bool) -> np.ndarray:
         """The workspace of the decoder."""
