@@ -238,7 +238,8 @@ def fixed_point(weight: Array, bias: Array, num_levels: int) -> FixedPoint:
 
 def _middle(weight: Array, bias: Array, num_levels: int) -> Array:
     """Latents of tokens that are all in the middle of their levels, where what means differ from is small."""
-    return (bias + weight.astype(np.float64).sum(1) * (num_levels - 1) / 2).astype(np.float32)
+    middle = bias + weight.astype(np.float64).sum(1) * (num_levels - 1) / 2
+    return np.asarray(middle, np.float32)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -268,7 +269,8 @@ def _kernel(name: str, threads: str, arguments: str, body: str) -> str:
 
 def _belief_threads(encoder: EncoderPlan) -> int:
     """One for each token, hidden unit and slope, as far as they have room."""
-    wanted = max(encoder.latent_dim * max(encoder.num_layers, encoder.action_dim), encoder.first.weight.shape[0])
+    width = int(encoder.first.weight.shape[0])
+    wanted = max(encoder.latent_dim * max(encoder.num_layers, encoder.action_dim), width)
     return min(-(-wanted // _WARP) * _WARP, _MOST_BELIEF_THREADS)
 
 

@@ -229,8 +229,8 @@ def kernel_name(prefix: int | None, token_type: str, kind: KernelKind) -> str:
     return f"{role}_{token_type}_{kind}"
 
 
-#: How a call of a kernel of beliefs takes what is given: bits of its terms. Blocks of chunk tokens wait for others; where
-#: not all of them run at once, they take turns.
+#: How a call of a kernel of beliefs takes what is given: bits of its terms. Blocks of chunk tokens wait for others, and
+#: take turns where not all of them run at once.
 IS_LOGITS, KEEPS_MODE, TAKES_TURNS = 1, 2, 4
 #: Bytes before the first slot of what blocks of chunk tokens tell each other.
 BELIEF_HEADER_BYTES = 16

@@ -229,7 +229,9 @@ class ChunkCudaOnCpu:
         mode_probability [B], mode [B]. consumers: blocks of a chunk that decode classes."""
         model, batch = self._model, len(given[0])
         consumers = min(consumers, model.num_classes)
-        size = belief_slot_bytes(model.chunk_length * model.action_dim, model.num_classes, model.depth * model.token_bits)
+        size = belief_slot_bytes(
+            model.chunk_length * model.action_dim, model.num_classes, model.depth * model.token_bits
+        )
         name = belief_kernel_name("words" if len(given) == 1 else "bits", size)
         tokens = given[0].shape[1] if len(given) == 1 else (model.class_bits + given[1].shape[1]) // model.token_bits
         memory = aligned((BELIEF_HEADER_BYTES + batch * size + GUARD_BYTES,), np.uint8)
@@ -250,7 +252,8 @@ class ChunkCudaOnCpu:
         )
         assert (memory[-GUARD_BYTES:] == GUARD).all(), "written beyond the end"
         told = memory[BELIEF_HEADER_BYTES:-GUARD_BYTES].reshape(batch, size)[:, :16]
-        assert not told.any() and not memory[:BELIEF_HEADER_BYTES].any(), "what blocks tell each other is not as it was"
+        assert not told.any(), "what blocks tell each other is not as it was"
+        assert not memory[:BELIEF_HEADER_BYTES].any(), "it is still somebody's turn"
         return found
 
     def _sort(self, tokens: np.ndarray, *, is_backwards: bool) -> np.ndarray:

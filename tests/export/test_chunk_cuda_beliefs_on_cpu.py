@@ -23,7 +23,7 @@ from tests.export.test_chunk_c_beliefs import (
     random_words,
     rounded,
 )
-from tests.export.test_chunk_cuda_on_cpu import RECIPES, Case, case, pytestmark  # noqa: F401  # the same models and machine
+from tests.export.test_chunk_cuda_on_cpu import ANY_ERROR, RECIPES, Case, case, pytestmark  # noqa: F401  # the same models and machine
 
 FORMS = pytest.mark.parametrize("form", [0, 1], ids=["words", "pair"])
 #: Few, where the processor takes long for the many words of a token or the many classes.
@@ -45,7 +45,8 @@ def assert_believed(here: Case, found: list[np.ndarray], exact: tuple, keeps_mod
     belief = chunk_belief(model, known(model.sizes, exact), mode, None)
     actions, std, mode_probability, classes = found
     worst = action_errors(belief.actions.numpy(), actions, model.units.numpy())
-    assert worst.value <= ACTION_ERROR, worst
+    # Sums of so many random numbers: decoding errs as much.
+    assert worst.value <= (ACTION_ERROR if actions[0].size < 300 else ANY_ERROR), worst
     expected = belief.std.numpy()
     # Where nearly all is certain, float64 itself loses it: of a probability p it holds 1 - p to 1e-16.
     limit = DEVIATION_ERROR * expected.max((1, 2), keepdims=True) + 1e-7 * model.units.numpy()

@@ -17,7 +17,7 @@ from tests.export.cuda_on_cpu import CudaOnCpu
 from tests.export.test_c_beliefs import ACTION_ERROR, DEVIATION_ERROR, one_hot, random_logits, softmax
 from tests.export.test_cuda_on_cpu import Case, pytestmark  # noqa: F401  # the same machine is needed
 
-#: Sizes that no vector divides, tokens that lanes share or none holds, second layers that have no room in shared memory.
+#: Sizes that no vector divides, tokens that lanes share, second layers that have no room in shared memory.
 RECIPES = {
     "published": Recipe(config=ModelConfig(), chunk_length=8, prefixes=(1, 3)),
     "recovered": Recipe(DeployMode.RECOVERED, ModelConfig(), chunk_length=2, prefixes=(3,)),
