@@ -80,14 +80,15 @@ __device__ __forceinline__ Moments moments_of(const float *given, bool is_logits
         sum += p, first = fmaf((float)level(i), p, first);
     }
     sum = sum_of_token(sum), first = sum_of_token(first);
-    found.mean = first / sum;
+    const float inverse = 1 / sum;
+    found.mean = first * inverse;
 #pragma unroll (LEVELS_EACH <= HELD ? HELD : 1)
     for (int i = 0; i < LEVELS_EACH; ++i) {
         const float p = LEVELS_EACH <= HELD ? at(i) : power(i), from_mean = (float)level(i) - found.mean;
         second = fmaf(p, from_mean * from_mean, second);
     }
-    found.variance = sum_of_token(second) / sum;
-    found.certainty = (is_logits ? 1.0f : largest) / sum;
+    found.variance = sum_of_token(second) * inverse;
+    found.certainty = is_logits ? inverse : largest * inverse;
     found.is_illegal |= is_logits ? largest == -infinity() : !(fabsf(sum - 1) <= SUM_TOLERANCE);
     return found;
 }
@@ -95,9 +96,9 @@ __device__ __forceinline__ Moments moments_of(const float *given, bool is_logits
 /* The derivative of x tanh(log(1 + exp(x))): f + 4 x e (1 + e) / (n + 2)^2, with e, n and f as in `mish`. */
 template <Scale SCALE> __device__ __forceinline__ float mish_slope(float x)
 {
-    const float limited = SCALE == PLAIN ? fminf(x, 20.0f) : fminf(x, 28.0f) / LOG2_E;
-    const float e = power_of_two(limited * LOG2_E), n = e * (e + 2), inverse = reciprocal(n + 2);
-    return fmaf(4 * limited, (e * inverse) * ((1 + e) * inverse), n * inverse);
+    static_assert(SCALE != PLAIN, "decoders are scaled");
+    const float limited = fminf(x, 29.0f), e = power_of_two(limited), n = e * (e + 2), inverse = reciprocal(n + 2);
+    return fmaf(4 / LOG2_E * limited, (e * inverse) * ((1 + e) * inverse), n * inverse);
 }
 
 /* Whether the weights of both layers, and those behind as Mish bends them, have room beside `others` numbers. */

@@ -83,14 +83,20 @@ class Kernels:
         pointers = [array.ctypes.data for array in arrays]
         pointers += [0 if given is None else next(left).ctypes.data for given in shapes]
         values = (ctypes.c_void_p * (len(pointers) + len(numbers)))(*pointers, *numbers)
-        kernel = ctypes.cast(self._library[name], ctypes.c_void_p)
-        assert self._library.run_kernel(kernel, *grid, is_backwards, values, len(values)), "threads wait"
+        self.launch(name, grid, values, is_backwards=is_backwards)
         for memory, size in zip(written, sizes, strict=True):
             assert (memory[size:] == GUARD).all(), "written beyond the end"
         return [
             memory[:size].view(dtype).reshape(shape)
             for memory, size, (shape, dtype) in zip(written, sizes, outputs, strict=True)
         ]
+
+    def launch(
+        self, name: str, grid: tuple[int, int], values: ctypes.Array[ctypes.c_void_p], *, is_backwards: bool = False
+    ) -> None:
+        """values: of the kernel's parameters."""
+        kernel = ctypes.cast(self._library[name], ctypes.c_void_p)
+        assert self._library.run_kernel(kernel, *grid, is_backwards, values, len(values)), "threads wait"
 
 
 class CudaOnCpu:
