@@ -6,12 +6,12 @@ from typing import cast
 
 import numpy as np
 
-from .arrays import AnyArray, BoolArray, Float32Array, Float64Array, unravel
+from .arrays import AnyArray, BoolArray, Float32Array, unravel
 from .beliefs import BELIEF_MODES, SUM_TOLERANCE
 from .errors import InvalidInputError, UnbuiltPrefixError
 from .models import ChunkModel, ModelEntry
 from .probabilities import Given
-from .validation import as_plain_array, kind_of, listed, native, refuse_first
+from .validation import as_plain_array, listed, native, real_numbers, refuse_first
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -64,7 +64,8 @@ class BeliefValidator:
     def sharpness(self, temperature: object, given: Given) -> Float32Array:
         """1 / temperature, one for each layer [l] or token [l], or class and bit [1 + n]. Raises InvalidInputError."""
         size = given[0].shape[-2] if len(given) == 1 else 1 + given[1].shape[1]
-        temperatures = _real_numbers(temperature, size)
+        expected = f"a float, or {size} of them in a list or a numpy.ndarray"
+        temperatures = real_numbers("temperature", temperature, expected)
         if temperatures.shape not in ((), (size,)):
             each = "class and bit" if len(given) == 2 else self._model.depth_unit[:-1]
             raise InvalidInputError(
@@ -153,24 +154,6 @@ def check_mode(mode: object, seed: object, *, can_draw: bool = True) -> None:
         raise InvalidInputError(
             f"seed is {seed!r:.60}; expected a whole number of 0 or more, or None for another each time"
         )
-
-
-def _real_numbers(temperature: object, size: int) -> Float64Array:
-    """What are numbers already: numpy would make some of text, of truth values, and of what a mask hides."""
-    try:
-        found = np.asarray(temperature)
-    except Exception:
-        # Whatever somebody's object raises that is no array.
-        read = ""
-    else:
-        if found.dtype.kind in "iuf" and not isinstance(temperature, np.ma.MaskedArray):
-            with np.errstate(over="ignore"):
-                return found.astype(np.float64)
-        read = f" of type {found.dtype}"
-    raise InvalidInputError(
-        f"temperature is a {kind_of(temperature)}{read}; expected a float, or {size} of them in a list or a "
-        "numpy.ndarray"
-    )
 
 
 def _unbuilt(name: str, shape: tuple[int, ...], model: ModelEntry) -> str:

@@ -151,6 +151,8 @@ def test_temperatures_are_positive_finite_and_as_many_as_layers(temperature: Any
         (b"2", r"is a builtins.bytes of type \|S1"),
         (["2", 1.0, 1.0], "is a builtins.list of type <U"),
         (True, "is a builtins.bool of type bool"),
+        ([True, 2.0, 2.0], "is a builtins.list of type bool"),
+        ((1.0, np.True_, 1.0), "is a builtins.tuple of type bool"),
         (1 + 0j, "is a builtins.complex of type complex128"),
         (10**400, "is a builtins.int of type object"),
         (np.datetime64("2020-01-01"), "is a numpy.datetime64 of type datetime64"),
