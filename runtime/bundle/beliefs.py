@@ -16,6 +16,24 @@ SUM_TOLERANCE = 1e-3
 Array = TypeVar("Array")
 
 
+@dataclass(frozen=True)
+class BeliefKind:
+    """What a policy gives. fingerprint: of the tokenizer whose tokens they are; form: distributions over tokens, or
+    classes and bits; length: l, of how many layers or chunk tokens; coarse: layers that are the mode, 0 of chunk
+    tokens."""
+
+    fingerprint: str
+    form: Literal["tokens", "classes and bits"]
+    length: int
+    coarse: int
+
+    def __str__(self) -> str:
+        """Without the fingerprint."""
+        return f"{self.form}, l = {self.length}" + (
+            f", the first {self.coarse} of them the mode" if self.coarse else ""
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Belief(Generic[Array]):
     """Of B chunks.
