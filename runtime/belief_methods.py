@@ -11,6 +11,7 @@ from .bundle.models import ModelEntry
 
 if TYPE_CHECKING:
     from .beliefs import BeliefDecoder
+    from .bundle.belief_settings import BeliefSettings
     from .bundle.beliefs import Belief, BeliefMode
 
 
@@ -24,16 +25,22 @@ class DecodesProbabilities(ABC):
 
     mode: `expected` over all that p leaves open; `likeliest mode`, the likeliest class, or tokens of the fewest layers
     that decode, expected over the rest; `sample`. temperature: one number, or one for each layer [l], token [l], or
-    class and bit [1 + n]; above 1 it makes probabilities more alike. docs/beliefs.md says when to use which.
+    class and bit [1 + n]; above 1 it makes probabilities more alike. settings: temperatures, and scales that make `std`
+    honest, as they were fitted to this policy. docs/beliefs.md says when to use which.
 
-    All raise InvalidInputError for anything else, UnbuiltPrefixError for an l that does not decode, and
-    InvalidInputError for bundles and backends that decode no probabilities.
+    All raise InvalidInputError for anything else, UnbuiltPrefixError for an l that does not decode, FingerprintError
+    for settings of another tokenizer, and InvalidInputError for bundles and backends that decode no probabilities.
     """
 
     _model: ModelEntry
     _backend: Backend
     #: Made at the first use, because it needs a backend that decodes beliefs.
     _belief_decoder: BeliefDecoder | None = None
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identity of what the tokens mean."""
 
     @abstractmethod
     def decode(self, tokens: Int32Array) -> Float32Array:
@@ -49,23 +56,35 @@ class DecodesProbabilities(ABC):
             # Here, because few programs need it.
             from .beliefs import BeliefDecoder
 
-            self._belief_decoder = BeliefDecoder(self._model, self._backend, self.decode)
+            self._belief_decoder = BeliefDecoder(self._model, self.fingerprint, self._backend, self.decode)
         return self._belief_decoder
 
     def decode_probabilities(
-        self, p: object, *, mode: BeliefMode = "expected", temperature: object = 1.0, seed: int | None = None
+        self,
+        p: object,
+        *,
+        mode: BeliefMode = "expected",
+        temperature: object = 1.0,
+        settings: BeliefSettings | None = None,
+        seed: int | None = None,
     ) -> Belief[AnyArray]:
         """actions and std float32 [B, T, A] in physical units, mode_probability float32 [B], and the mode int32.
 
         seed: of samples; None for others each time. The same p and seed give the same sample.
         """
-        return self._beliefs().decode(p, mode, temperature, seed, is_logits=False)
+        return self._beliefs().decode(p, mode, temperature, settings, seed, is_logits=False)
 
     def decode_logits(
-        self, logits: object, *, mode: BeliefMode = "expected", temperature: object = 1.0, seed: int | None = None
+        self,
+        logits: object,
+        *,
+        mode: BeliefMode = "expected",
+        temperature: object = 1.0,
+        settings: BeliefSettings | None = None,
+        seed: int | None = None,
     ) -> Belief[AnyArray]:
         """`decode_probabilities` of the softmax of logits, and of the sigmoid of bits' logits."""
-        return self._beliefs().decode(logits, mode, temperature, seed, is_logits=True)
+        return self._beliefs().decode(logits, mode, temperature, settings, seed, is_logits=True)
 
     # What is given, three arrays to write into, and how.
     def decode_probabilities_into(  # noqa: PLR0913
@@ -77,10 +96,11 @@ class DecodesProbabilities(ABC):
         *,
         mode: BeliefMode = "expected",
         temperature: object = 1.0,
+        settings: BeliefSettings | None = None,
     ) -> None:
         """Like `decode_probabilities`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B]."""
         outputs = out, std_out, mode_probability_out
-        self._beliefs().decode_into(p, outputs, mode, temperature, is_logits=False)
+        self._beliefs().decode_into(p, outputs, mode, temperature, settings, is_logits=False)
 
     def decode_logits_into(  # noqa: PLR0913  # as above
         self,
@@ -91,7 +111,8 @@ class DecodesProbabilities(ABC):
         *,
         mode: BeliefMode = "expected",
         temperature: object = 1.0,
+        settings: BeliefSettings | None = None,
     ) -> None:
         """Like `decode_logits`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B]."""
         outputs = out, std_out, mode_probability_out
-        self._beliefs().decode_into(logits, outputs, mode, temperature, is_logits=True)
+        self._beliefs().decode_into(logits, outputs, mode, temperature, settings, is_logits=True)

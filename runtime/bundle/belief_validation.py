@@ -7,11 +7,12 @@ from typing import cast
 import numpy as np
 
 from .arrays import AnyArray, BoolArray, Float32Array, unravel
+from .belief_settings import BeliefSettings
 from .beliefs import BELIEF_MODES, SUM_TOLERANCE
 from .errors import InvalidInputError, UnbuiltPrefixError
 from .models import ChunkModel, ModelEntry
 from .probabilities import Given
-from .validation import as_plain_array, listed, native, real_numbers, refuse_first
+from .validation import as_plain_array, kind_of, listed, native, real_numbers, refuse_first
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -153,6 +154,21 @@ def check_mode(mode: object, seed: object, *, can_draw: bool = True) -> None:
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
         raise InvalidInputError(
             f"seed is {seed!r:.60}; expected a whole number of 0 or more, or None for another each time"
+        )
+
+
+def check_settings(settings: object, temperature: object) -> None:
+    """Raises InvalidInputError for what are no settings, and for a temperature beside them."""
+    if settings is None:
+        return
+    if not isinstance(settings, BeliefSettings):
+        raise InvalidInputError(
+            f"settings are a {kind_of(settings)}; expected BeliefSettings, as load_belief_settings gives them, or None"
+        )
+    if type(temperature) is not float or temperature != 1:
+        raise InvalidInputError(
+            f"settings and a temperature, {temperature!r:.60}, were given; expected one or the other: settings have "
+            "temperatures of their own"
         )
 
 
