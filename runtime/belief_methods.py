@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .backends.contract import Backend
 from .bundle.arrays import AnyArray, Float32Array, Int32Array
+from .bundle.errors import SelfTestError
 from .bundle.models import ModelEntry
 
 if TYPE_CHECKING:
     from .beliefs import BeliefDecoder
     from .bundle.belief_settings import BeliefSettings
     from .bundle.beliefs import Belief, BeliefMode
+    from .bundle.golden import Golden
 
 
 class DecodesProbabilities(ABC):
@@ -30,12 +33,21 @@ class DecodesProbabilities(ABC):
 
     All raise InvalidInputError for anything else, UnbuiltPrefixError for an l that does not decode, FingerprintError
     for settings of another tokenizer, and InvalidInputError for bundles and backends that decode no probabilities.
+    All raise SelfTestError, too: the first call, or `warmup` with `beliefs`, replays the golden beliefs, and none
+    is answered by a backend that does not give the reference's answers.
     """
 
+    golden: Golden | None
     _model: ModelEntry
     _backend: Backend
-    #: Made at the first use, because it needs a backend that decodes beliefs.
+    #: Made at the first use, because it needs a backend that decodes beliefs; and why there is none.
     _belief_decoder: BeliefDecoder | None = None
+    _belief_failure: str = ""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path | None:
+        """Where the bundle was loaded from."""
 
     @property
     @abstractmethod
@@ -53,11 +65,25 @@ class DecodesProbabilities(ABC):
     def _beliefs(self) -> BeliefDecoder:
         self._require_open()
         if self._belief_decoder is None:
-            # Here, because few programs need it.
-            from .beliefs import BeliefDecoder
-
-            self._belief_decoder = BeliefDecoder(self._model, self.fingerprint, self._backend, self.decode)
+            # Threads that come at once replay twice, and neither answers before.
+            self._belief_decoder = self._replayed_beliefs()
         return self._belief_decoder
+
+    def _replayed_beliefs(self) -> BeliefDecoder:
+        if self._belief_failure:
+            raise SelfTestError(self._belief_failure)
+        # Here, because few programs need them.
+        from .backends.replay import replay_beliefs
+        from .beliefs import BeliefDecoder
+
+        decoder = BeliefDecoder(self._model, self.fingerprint, self._backend, self.decode)
+        if self.golden is not None:
+            try:
+                replay_beliefs(self.golden, self._model, self._backend).require(self._backend, self.folder)
+            except SelfTestError as error:
+                self._belief_failure = str(error)
+                raise
+        return decoder
 
     def decode_probabilities(
         self,

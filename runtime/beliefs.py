@@ -77,6 +77,17 @@ class BeliefDecoder:
         self._unchecked_chunks = backend.checked_steps // model.chunk_length
         self._held: _HeldCall | None = None
 
+    def warmup(self, batch: int) -> None:
+        """Run the graph of every number of layers once, and of chunk tokens that of all bits."""
+        model = self._model
+        for prefix in model.decoder_graphs:
+            if isinstance(model, ChunkModel):
+                shapes: tuple[tuple[int, ...], ...] = (batch, model.num_classes), (batch, model.code_bits)
+            else:
+                shapes = ((*model.tokens_shape(batch, prefix), model.vocabulary),)
+            given = tuple(np.zeros(shape, np.float32) for shape in shapes)
+            self._asked(plain_question(given, model, is_logits=True, keeps_mode=False), None)
+
     # What is given, and how, as a caller says it.
     def decode(  # noqa: PLR0913
         self,
