@@ -53,7 +53,7 @@ class BeliefValidator:
         if is_logits:
             _check_logits(name, given[0])
         else:
-            _check_probabilities(name, given[0])
+            check_probabilities(name, given[0])
         if is_pair:
             bits = given[1]
             # A NaN compares with nothing.
@@ -191,7 +191,8 @@ def _ready(name: str, array: AnyArray) -> Float32Array:
     return np.require(array, requirements=["C", "A"])
 
 
-def _check_probabilities(name: str, array: Float32Array) -> None:
+def check_probabilities(name: str, array: Float32Array) -> None:
+    """Raises InvalidInputError for the first of the distributions [..., K] that is none."""
     if not array.size:
         return
     with np.errstate(invalid="ignore", over="ignore"):
