@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .backends.contract import Backend
-from .bundle.arrays import AnyArray, Float32Array, Int32Array
+from .bundle.arrays import AnyArray
 from .bundle.errors import SelfTestError
 from .bundle.models import ModelEntry
 
@@ -55,10 +55,6 @@ class DecodesProbabilities(ABC):
         """Identity of what the tokens mean."""
 
     @abstractmethod
-    def decode(self, tokens: Int32Array) -> Float32Array:
-        """Tokens to actions."""
-
-    @abstractmethod
     def _require_open(self) -> None:
         """Raises TokenizerError where the tokenizer was closed."""
 
@@ -76,7 +72,7 @@ class DecodesProbabilities(ABC):
         from .backends.replay import replay_beliefs
         from .beliefs import BeliefDecoder
 
-        decoder = BeliefDecoder(self._model, self.fingerprint, self._backend, self.decode)
+        decoder = BeliefDecoder(self._model, self.fingerprint, self._backend)
         if self.golden is not None:
             try:
                 replay_beliefs(self.golden, self._model, self._backend).require(self._backend, self.folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -62,15 +61,13 @@ class _HeldCall:
 
 
 class BeliefDecoder:
-    """Decodes beliefs on the backend of one tokenizer. fingerprint: the tokenizer's; decode: its own, for samples.
+    """Decodes beliefs on the backend of one tokenizer. fingerprint: the tokenizer's.
 
     Raises InvalidInputError where the backend decodes none.
     """
 
-    def __init__(
-        self, model: ModelEntry, fingerprint: str, backend: Backend, decode: Callable[[Int32Array], Float32Array]
-    ) -> None:
-        self._model, self._fingerprint, self._decode = model, fingerprint, decode
+    def __init__(self, model: ModelEntry, fingerprint: str, backend: Backend) -> None:
+        self._model, self._fingerprint, self._of_tokens = model, fingerprint, backend
         self._coarse = coarse_layers(model)
         self._validator, self._outputs = BeliefValidator(model), InputValidator(model)
         self._backend = belief_backend(backend)
@@ -216,8 +213,11 @@ class BeliefDecoder:
             found = _drawn(model, part, random)
             tokens[rows], mode[rows], mode_probability[rows] = found.tokens, found.mode, found.mode_probability
             self._run(found.within, BeliefAnswer(np.empty_like(std[rows]), std[rows]), scale)
-        # All of them, since a library may sum in another order for another number of chunks.
-        return Belief(self._decode(tokens), std, mode_probability, mode)
+        actions = np.empty_like(std)
+        if batch:
+            # All of them, since a library may sum in another order for another number of chunks.
+            self._of_tokens.decode_into(tokens, None, actions)
+        return Belief(actions, std, mode_probability, mode)
 
 
 class _Sample(NamedTuple):

@@ -15,6 +15,8 @@ from .probabilities import Given
 from .validation import as_plain_array, kind_of, listed, native, real_numbers, refuse_first
 
 _FLOAT32 = np.dtype(np.float32)
+#: Colder or warmer, and float32 no longer holds what logits of any size become.
+_COLDEST, _WARMEST = 1e-30, 1e30
 
 
 class BeliefValidator:
@@ -73,14 +75,11 @@ class BeliefValidator:
                 f"temperature has shape {list(temperatures.shape)}; expected one number, or [{size}], one for each "
                 f"{each}"
             )
-        with np.errstate(all="ignore"):
-            sharpness = (1 / temperatures).astype(np.float32)
-        # As float32, which is what a backend gets; so neither infinite nor 0.
-        if not (np.isfinite(sharpness) & (sharpness > 0)).all():
+        if not ((temperatures >= _COLDEST) & (temperatures <= _WARMEST)).all():
             raise InvalidInputError(
-                f"temperature is {temperature!r:.60}; expected positive, finite numbers, whose inverse float32 holds"
+                f"temperature is {temperature!r:.60}; expected positive numbers from {_COLDEST:g} to {_WARMEST:g}"
             )
-        return np.ascontiguousarray(np.broadcast_to(sharpness, (size,)))
+        return np.ascontiguousarray(np.broadcast_to((1 / temperatures).astype(np.float32), (size,)))
 
     def _distributions(self, name: str, value: object) -> Float32Array:
         model = self._model

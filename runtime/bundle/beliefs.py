@@ -12,6 +12,8 @@ BELIEF_MODES: tuple[BeliefMode, ...] = typing.get_args(BeliefMode)
 
 #: By how much the sum of given probabilities may differ from 1: what a softmax in bfloat16 leaves.
 SUM_TOLERANCE = 2.0**-8
+#: The same of an engine. It sums in another order, and must refuse nothing that was checked before.
+ENGINE_SUM_TOLERANCE = SUM_TOLERANCE + 2.0**-12
 
 Array = TypeVar("Array")
 

@@ -171,7 +171,8 @@ def test_values_that_a_backend_checks_are_left_to_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "temperature", [0, -1.0, np.nan, np.inf, 1e-39, 1e60, "warm", None, [1.0, 2.0], [[1.0, 1.0, 1.0]], [1, 1, 0]]
+    "temperature",
+    [0, -1.0, np.nan, np.inf, 1e-39, 1e-31, 1e31, 1e60, 1e308, "warm", None, [1.0, 2.0], [[1.0, 1.0, 1.0]], [1, 1, 0]],
 )
 def test_temperatures_are_positive_finite_and_as_many_as_layers(temperature: Any) -> None:
     given = BeliefValidator(STEPS).given(uniform(1, 2, 4, 3, 5), is_logits=False)
