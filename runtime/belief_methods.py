@@ -6,16 +6,22 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .backends.contract import Backend
+from .backends.contract import Backend, BoundCall
 from .bundle.arrays import AnyArray
-from .bundle.errors import SelfTestError
+from .bundle.errors import InvalidInputError, SelfTestError
 from .bundle.models import ModelEntry
+from .bundle.validation import is_gpu_array
 
 if TYPE_CHECKING:
-    from .beliefs import BeliefDecoder
+    from .backends.gpu.arrays import GpuResult
+    from .backends.gpu.belief_arrays import GpuBeliefCalls
+    from .beliefs import BeliefDecoder, Outputs
     from .bundle.belief_settings import BeliefSettings
     from .bundle.beliefs import Belief, BeliefMode
     from .bundle.golden import Golden
+
+#: What a tokenizer has of beliefs, made anew where its bundle is opened again.
+BELIEF_STATE = ("_belief_decoder", "_belief_failure", "_gpu_belief_calls")
 
 
 class DecodesProbabilities(ABC):
@@ -43,6 +49,7 @@ class DecodesProbabilities(ABC):
     #: Made at the first use, because it needs a backend that decodes beliefs; and why there is none.
     _belief_decoder: BeliefDecoder | None = None
     _belief_failure: str = ""
+    _gpu_belief_calls: GpuBeliefCalls | None = None
 
     @property
     @abstractmethod
@@ -81,7 +88,22 @@ class DecodesProbabilities(ABC):
                 raise
         return decoder
 
-    def decode_probabilities(
+    def _gpu_beliefs(self, settings: object = None) -> GpuBeliefCalls:
+        if settings is not None:
+            raise InvalidInputError(
+                "settings were given, and the arrays lie on the GPU; expected numpy arrays, whose std they scale: pass "
+                "temperature=settings.temperature, and multiply std by settings.std_scale of the mode"
+            )
+        if self._gpu_belief_calls is None:
+            # Here, because they need cuda-python.
+            from .backends.gpu.belief_arrays import GpuBeliefCalls
+
+            self._gpu_belief_calls = GpuBeliefCalls(self._model, self._backend)
+        # Replayed, whoever comes first.
+        self._beliefs()
+        return self._gpu_belief_calls
+
+    def decode_probabilities(  # noqa: PLR0913  # what is given, and how
         self,
         p: object,
         *,
@@ -89,14 +111,18 @@ class DecodesProbabilities(ABC):
         temperature: object = 1.0,
         settings: BeliefSettings | None = None,
         seed: int | None = None,
-    ) -> Belief[AnyArray]:
-        """actions and std float32 [B, T, A] in physical units, mode_probability float32 [B], and the mode int32.
+        stream: object = None,
+    ) -> Belief[AnyArray] | Belief[GpuResult]:
+        """actions and std float32 [B, T, A] in physical units, mode_probability float32 [B], and the mode int32. They
+        are on the GPU where p is.
 
         seed: of samples; None for others each time. The same p and seed give the same sample.
         """
+        if _are_on_gpu(p):
+            return self._gpu_beliefs(settings).decode(p, mode, temperature, stream, is_logits=False)
         return self._beliefs().decode(p, mode, temperature, settings, seed, is_logits=False)
 
-    def decode_logits(
+    def decode_logits(  # noqa: PLR0913  # as above
         self,
         logits: object,
         *,
@@ -104,8 +130,11 @@ class DecodesProbabilities(ABC):
         temperature: object = 1.0,
         settings: BeliefSettings | None = None,
         seed: int | None = None,
-    ) -> Belief[AnyArray]:
+        stream: object = None,
+    ) -> Belief[AnyArray] | Belief[GpuResult]:
         """`decode_probabilities` of the softmax of logits, and of the sigmoid of bits' logits."""
+        if _are_on_gpu(logits):
+            return self._gpu_beliefs(settings).decode(logits, mode, temperature, stream, is_logits=True)
         return self._beliefs().decode(logits, mode, temperature, settings, seed, is_logits=True)
 
     # What is given, three arrays to write into, and how.
@@ -119,10 +148,10 @@ class DecodesProbabilities(ABC):
         mode: BeliefMode = "expected",
         temperature: object = 1.0,
         settings: BeliefSettings | None = None,
+        stream: object = None,
     ) -> None:
         """Like `decode_probabilities`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B]."""
-        outputs = out, std_out, mode_probability_out
-        self._beliefs().decode_into(p, outputs, mode, temperature, settings, is_logits=False)
+        self._decode_into(p, (out, std_out, mode_probability_out), mode, temperature, settings, stream, is_logits=False)
 
     def decode_logits_into(  # noqa: PLR0913  # as above
         self,
@@ -134,7 +163,63 @@ class DecodesProbabilities(ABC):
         mode: BeliefMode = "expected",
         temperature: object = 1.0,
         settings: BeliefSettings | None = None,
+        stream: object = None,
     ) -> None:
         """Like `decode_logits`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B]."""
         outputs = out, std_out, mode_probability_out
-        self._beliefs().decode_into(logits, outputs, mode, temperature, settings, is_logits=True)
+        self._decode_into(logits, outputs, mode, temperature, settings, stream, is_logits=True)
+
+    def bind_decode_probabilities(  # noqa: PLR0913  # as above
+        self,
+        p: object,
+        out: object,
+        std_out: object | None = None,
+        mode_probability_out: object | None = None,
+        *,
+        mode: BeliefMode = "expected",
+        temperature: object = 1.0,
+        stream: object = None,
+    ) -> BoundCall:
+        """`decode_probabilities_into` on these arrays of the GPU, captured as a graph: what it returns is called as
+        often as wanted.
+
+        Runs once, and waits for the stream to do so.
+        """
+        outputs = out, std_out, mode_probability_out, None
+        return self._gpu_beliefs().bind(p, outputs, mode, temperature, stream, is_logits=False)
+
+    def bind_decode_logits(  # noqa: PLR0913  # as above
+        self,
+        logits: object,
+        out: object,
+        std_out: object | None = None,
+        mode_probability_out: object | None = None,
+        *,
+        mode: BeliefMode = "expected",
+        temperature: object = 1.0,
+        stream: object = None,
+    ) -> BoundCall:
+        """`decode_logits_into`, captured, as `bind_decode_probabilities` is."""
+        outputs = out, std_out, mode_probability_out, None
+        return self._gpu_beliefs().bind(logits, outputs, mode, temperature, stream, is_logits=True)
+
+    def _decode_into(  # noqa: PLR0913  # as above
+        self,
+        given: object,
+        outputs: Outputs,
+        mode: BeliefMode,
+        temperature: object,
+        settings: BeliefSettings | None,
+        stream: object,
+        *,
+        is_logits: bool,
+    ) -> None:
+        if _are_on_gpu(given):
+            calls = self._gpu_beliefs(settings)
+            calls.decode_into(given, (*outputs, None), mode, temperature, stream, is_logits=is_logits)
+        else:
+            self._beliefs().decode_into(given, outputs, mode, temperature, settings, is_logits=is_logits)
+
+
+def _are_on_gpu(given: object) -> bool:
+    return any(map(is_gpu_array, given)) if isinstance(given, tuple) else is_gpu_array(given)

@@ -11,7 +11,7 @@ import numpy as np
 
 from .backends.contract import MOST_CHUNKS, Backend, BoundCall, GpuArrayLike
 from .backends.registry import GPU_BACKENDS, select_backend
-from .belief_methods import DecodesProbabilities
+from .belief_methods import BELIEF_STATE, DecodesProbabilities
 from .bundle.arrays import Codes, Float32Array, Int32Array
 from .bundle.errors import CannotCopyError, IllegalValueError, InvalidInputError, TokenizerError
 from .bundle.fidelity import Grade
@@ -394,7 +394,7 @@ def codes_of(tokenizer: ActionTokenizer, actions: Float32Array) -> Codes:
 #: What `load` makes anew; all else that an instance has is of a subclass, and goes with its copies.
 _OPENED = frozenset(
     {
-        *("_manifest", "_model", "golden", "_backend", "_validator", "_unchecked_chunks", "_encoded", "_decoded"),
-        *("_last_encoded", "_last_decoded", "_gpu_calls", "_is_closed", "_belief_decoder", "_belief_failure"),
+        *("_manifest", "_model", "golden", "_backend", "_validator", "_unchecked_chunks"),
+        *("_encoded", "_decoded", "_last_encoded", "_last_decoded", "_gpu_calls", "_is_closed", *BELIEF_STATE),
     }
 )

@@ -139,3 +139,19 @@ def test_a_temperature_beside_settings_and_what_are_no_settings_are_refused(case
             decode(case.given, settings=wrong)
         with pytest.raises(InvalidInputError, match="expected BeliefSettings, as load_belief_settings gives them"):
             case.tokenizer.decode_logits_into(case.given, *case.outputs(), settings=wrong)
+
+
+class OnGpu:
+    """What says that it lies on a GPU."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": (1, 2, 4, 3, 5), "typestr": "<f4", "data": (0, False), "version": 3}
+
+
+def test_arrays_of_the_gpu_are_scaled_by_nobody_and_refused(case: Case) -> None:
+    for given in (OnGpu(), (OnGpu(), OnGpu())):
+        with pytest.raises(InvalidInputError, match=r"the arrays lie on the GPU; .*: pass temperature=settings.temp"):
+            case.tokenizer.decode_logits(given, settings=case.settings)
+        with pytest.raises(InvalidInputError, match=r"the arrays lie on the GPU; .*: pass temperature=settings.temp"):
+            case.tokenizer.decode_logits_into(given, *case.outputs(), settings=case.settings)

@@ -14,8 +14,10 @@ import pytest
 
 from rfsq.runtime import ActionTokenizer, InvalidInputError, SelfTestError, TokenizerError
 from rfsq.runtime.backends.beliefs import BeliefAnswer, BeliefQuestion
+from rfsq.runtime.backends.gpu import belief_arrays
 from rfsq.runtime.backends.onnxruntime import OrtBackend
 from rfsq.runtime.bundle.golden_beliefs import NUM_BELIEFS
+from tests.runtime.backends.gpu.fake_gpu import FakeArray
 
 LOGITS = np.random.default_rng(0).standard_normal((3, 2, 4, 3, 5)).astype(np.float32)
 
@@ -113,6 +115,32 @@ def test_a_backend_whose_beliefs_are_wrong_answers_none_of_them(bundle: Path, ca
     assert calls.replays == 1
     assert 3 not in calls.batches
     assert not out.any()
+
+
+def test_so_are_arrays_of_the_gpu(bundle: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Stub:
+        """Of the calls on such arrays."""
+
+        def __init__(self, *_: object) -> None:
+            self.decode = self.decode_into = self.bind = lambda *_, **__: asked.append(calls.replays)
+
+    monkeypatch.setattr(belief_arrays, "GpuBeliefCalls", Stub)
+    given = FakeArray(np.zeros((1, 2, 4, 3, 5), np.float32))
+    ways: tuple[Callable[[ActionTokenizer], object], ...] = (
+        lambda tokenizer: tokenizer.decode_logits(given),
+        lambda tokenizer: tokenizer.decode_probabilities_into(given, given),
+        lambda tokenizer: tokenizer.bind_decode_logits(given, given),
+    )
+    for decode in ways:
+        decode(loaded(bundle))
+    assert asked == [1, 2, 3]
+    calls.off = 1e-3
+    for decode in ways:
+        with pytest.raises(SelfTestError):
+            decode(loaded(bundle))
+    assert len(asked) == 3
 
 
 def test_a_copy_of_a_refused_one_is_judged_for_itself(bundle: Path, calls: Calls) -> None:
