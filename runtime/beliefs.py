@@ -15,7 +15,7 @@ from .bundle.arrays import AnyArray, Float32Array, Float64Array, Int32Array
 from .bundle.belief_settings import BeliefSettings
 from .bundle.belief_validation import BeliefValidator, check_mode, check_settings
 from .bundle.beliefs import Belief, BeliefKind, BeliefMode
-from .bundle.errors import IllegalValueError
+from .bundle.errors import IllegalValueError, InvalidInputError
 from .bundle.models import ChunkModel, ModelEntry
 from .bundle.probabilities import (
     Given,
@@ -75,14 +75,21 @@ class BeliefDecoder:
         self._held: _HeldCall | None = None
 
     def warmup(self, batch: int) -> None:
-        """Run the graph of every number of layers once, and of chunk tokens that of all bits."""
+        """Run the graph of every number of layers once, and of chunk tokens that of all bits.
+
+        Raises InvalidInputError where memory holds no such logits.
+        """
         model = self._model
         for prefix in model.decoder_graphs:
             if isinstance(model, ChunkModel):
                 shapes: tuple[tuple[int, ...], ...] = (batch, model.num_classes), (batch, model.code_bits)
             else:
                 shapes = ((*model.tokens_shape(batch, prefix), model.vocabulary),)
-            given = tuple(np.zeros(shape, np.float32) for shape in shapes)
+            try:
+                given = tuple(np.zeros(shape, np.float32) for shape in shapes)
+            except (MemoryError, ValueError) as error:
+                # ValueError: more bytes than numpy can count.
+                raise InvalidInputError(f"batch is {batch}, of more logits than memory holds here: {error}") from error
             self._asked(plain_question(given, model, is_logits=True, keeps_mode=False), None)
 
     # What is given, and how, as a caller says it.

@@ -155,7 +155,7 @@ def test_damaged_files_are_named(
 ) -> None:
     path = tmp_path / "logits.npz"
     path.write_bytes(content)
-    assert main(["--beliefs", str(path), *map(str, of_chunks)]) == 2
+    assert main(["--beliefs", str(path), *map(str, of_chunks), "--output", str(tmp_path / "beliefs.json")]) == 2
     assert "is no .npz of arrays" in capsys.readouterr().err
 
 
@@ -163,7 +163,18 @@ def test_an_array_alone_is_no_archive(
     tmp_path: Path, of_chunks: tuple[object, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save(tmp_path / "logits.npy", np.zeros(3))
-    assert main(["--beliefs", str(tmp_path / "logits.npy"), *map(str, of_chunks)]) == 2
+    assert (
+        main(
+            [
+                "--beliefs",
+                str(tmp_path / "logits.npy"),
+                *map(str, of_chunks),
+                "--output",
+                str(tmp_path / "beliefs.json"),
+            ]
+        )
+        == 2
+    )
     assert "is no .npz of arrays" in capsys.readouterr().err
 
 
@@ -172,7 +183,7 @@ def test_a_file_that_is_no_archive_is_named(
 ) -> None:
     path = tmp_path / "logits.npz"
     path.write_text("no archive")
-    assert main(["--beliefs", str(path), *map(str, of_chunks)]) == 2
+    assert main(["--beliefs", str(path), *map(str, of_chunks), "--output", str(tmp_path / "beliefs.json")]) == 2
     assert "is no .npz of arrays" in capsys.readouterr().err
 
 

@@ -81,6 +81,19 @@ def test_a_warmup_of_chunk_tokens_runs_their_graph(chunk_bundle: Path, calls: Ca
     assert calls.batches[-1] == 5
 
 
+def test_a_warmup_of_more_logits_than_memory_holds_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, zeros = loaded(bundle), np.zeros
+
+    def refuse(shape: tuple[int, ...], *rest: Any) -> Any:
+        if len(shape) == 5:
+            raise MemoryError("Unable to allocate")
+        return zeros(shape, *rest)
+
+    monkeypatch.setattr(np, "zeros", refuse)
+    with pytest.raises(InvalidInputError, match="batch is 7, of more logits than memory holds here: Unable"):
+        tokenizer.warmup(7, beliefs=True)
+
+
 def test_a_warmup_of_beliefs_needs_a_bundle_that_has_some(dynamic_tokenizer: ActionTokenizer) -> None:
     dynamic_tokenizer.warmup()
     with pytest.raises(InvalidInputError, match="no policy predicts"):
