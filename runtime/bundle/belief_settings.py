@@ -133,5 +133,5 @@ def load_belief_settings(path: str | os.PathLike[str]) -> BeliefSettings:
         return build(BeliefSettings, content, "it")
     except (OSError, ValueError) as error:
         raise InvalidInputError(
-            f"{found} holds no settings of beliefs for this version: {error}; fit them again with {_fit()}"
+            f"{found} holds no settings of beliefs for this version: {error}; fit them with {_fit()}"
         ) from error

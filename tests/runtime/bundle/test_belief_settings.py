@@ -136,7 +136,7 @@ def changed_text(**changed: Any) -> str:
 def test_files_that_hold_none_are_named(tmp_path: Path, content: str, problem: str) -> None:
     path = tmp_path / "beliefs.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(InvalidInputError, match=f"holds no settings of beliefs .*{problem}.*; fit them again with"):
+    with pytest.raises(InvalidInputError, match=f"holds no settings of beliefs .*{problem}.*; fit them with"):
         load_belief_settings(path)
     with pytest.raises(InvalidInputError, match="holds no settings of beliefs"):
         load_belief_settings(tmp_path / "nothing.json")
