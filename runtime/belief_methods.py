@@ -88,6 +88,11 @@ class DecodesProbabilities(ABC):
                 raise
         return decoder
 
+    def _warm_beliefs(self, batch: int) -> None:
+        # What failed may have been a signal's handler, or a GPU that another program had filled.
+        self._belief_failure = ""
+        self._beliefs().warmup(batch)
+
     def _gpu_beliefs(self, settings: object = None) -> GpuBeliefCalls:
         if settings is not None:
             raise InvalidInputError(

@@ -297,8 +297,8 @@ class ActionTokenizer(DecodesProbabilities):
     def warmup(self, batch: int = 1, *, beliefs: bool = False) -> None:
         """Run encoder and every decoder once, so that the first real call with this B is as fast as the others.
 
-        beliefs: those of beliefs, too, after the golden ones were replayed; raises what decoding them raises. Raises
-        InvalidInputError for what is no number of chunks, or of more than memory holds.
+        beliefs: those of beliefs, too, after the golden ones were replayed, after a refusal once more; raises what
+        decoding them raises. Raises InvalidInputError for what is no number of chunks, or of more than memory holds.
         """
         if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or not 1 <= batch <= MOST_CHUNKS:
             raise InvalidInputError(f"batch is {batch!r:.60}; expected an int from 1 to {MOST_CHUNKS}")
@@ -314,7 +314,7 @@ class ActionTokenizer(DecodesProbabilities):
             part = Codes(tokens, stats).prefix(prefix)
             self.decode_into(part.tokens, actions, part.stats)
         if beliefs:
-            self._beliefs().warmup(batch)
+            self._warm_beliefs(batch)
 
     def close(self) -> None:
         """Free the backend; the tokenizer cannot be used afterwards. Closing twice is harmless."""

@@ -291,6 +291,10 @@ def as_plain_array(name: str, value: object) -> AnyArray:
 def real_numbers(name: str, value: object, expected: str) -> Float64Array:
     """One or several as float64, where they are numbers already: numpy would make some of text, of truth values, and of
     what a mask hides. Raises InvalidInputError."""
+    parts = value if isinstance(value, list | tuple) else (value,)
+    if all(type(part) is float for part in parts):
+        # These raise nothing: what a signal's handler raises meanwhile passes as it is.
+        return np.array(value, np.float64)
     read = ""
     # Whatever somebody's object raises that is no array.
     with suppress(Exception):

@@ -110,7 +110,6 @@ ASKED: dict[str, Callable[[ActionTokenizer, Any], object]] = {
     "a sample": lambda tokenizer, _: tokenizer.decode_logits(LOGITS, mode="sample"),
     "into": lambda tokenizer, out: tokenizer.decode_logits_into(LOGITS, out),
     "probabilities": lambda tokenizer, _: tokenizer.decode_probabilities(np.full_like(LOGITS, 0.2)),
-    "warmup": lambda tokenizer, _: tokenizer.warmup(beliefs=True),
 }
 
 
@@ -128,6 +127,21 @@ def test_a_backend_whose_beliefs_are_wrong_answers_none_of_them(bundle: Path, ca
     assert calls.replays == 1
     assert 3 not in calls.batches
     assert not out.any()
+
+
+def test_a_warmup_replays_again_what_was_refused(bundle: Path, calls: Calls) -> None:
+    calls.off = 1e-3
+    tokenizer = loaded(bundle)
+    for replays in (1, 2):
+        with pytest.raises(SelfTestError):
+            tokenizer.warmup(beliefs=True)
+        assert calls.replays == replays
+    calls.off = 0.0
+    with pytest.raises(SelfTestError):
+        tokenizer.decode_logits(LOGITS)
+    tokenizer.warmup(beliefs=True)
+    tokenizer.decode_logits(LOGITS)
+    assert calls.replays == 3
 
 
 def test_so_are_arrays_of_the_gpu(bundle: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -522,3 +522,17 @@ def test_numbers_are_taken_in_every_form(value: Any) -> None:
 def test_what_are_no_numbers_is_refused_by_its_type(value: Any, read: str) -> None:
     with pytest.raises(InvalidInputError, match=rf"^it is a [\w.]+{re.escape(read)}.*; expected numbers$"):
         real_numbers("it", value, "numbers")
+
+
+def test_what_a_signal_s_handler_raises_is_no_fault_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AlarmError(Exception):
+        """Of a handler."""
+
+    def raise_alarm(*_: object) -> None:
+        raise AlarmError
+
+    for name in ("array", "asarray"):
+        monkeypatch.setattr(np, name, raise_alarm)
+    for value in (1.0, [1.0, 2.0], (1.0,)):
+        with pytest.raises(AlarmError):
+            real_numbers("it", value, "numbers")
