@@ -67,7 +67,10 @@ def _kept(build: ChunkBuilder, plan: ChunkPlan) -> tuple[str, str]:
     whole = build.apply("Add", [product, build.precise(build.numbers("mean.of_class", plan.mean), "offset")], "whole")
     rounded = build.apply("Cast", [whole], "whole.rounded", to=TensorProto.FLOAT)
     squares = build.apply("Mul", [build.numbers("basis", basis)] * 2, "basis.squares")
-    return build.clipped(rounded, -1, 1, "kept"), _by_class(build, variance, squares, "kept.variance")
+    variances = _by_class(build, variance, squares, "kept.spread")
+    # What lies between -1 and 1 has no greater variance.
+    most = build.apply("Min", [variances, build.numbers("kept.most", 1)], "kept.variance")
+    return build.clipped(rounded, -1, 1, "kept"), most
 
 
 def _by_class(build: ChunkBuilder, rows: str, matrices: str, output: str) -> str:
@@ -101,12 +104,33 @@ def _latents(build: ChunkBuilder, plan: ChunkPlan) -> tuple[str, str]:
     width = build.rows(plan.width.reshape(-1), entry, "width")
     spread = build.log_ratio(build.precise(above, "above.precise"), build.precise(below, "below.precise"), "log_ratio")
     half = build.precise(build.times(width, 0.5, "width.half"), "width.precise")
-    # What the latent moves by for a step of y: width / (1 - y^2).
-    slope = build.apply("Div", [width, build.apply("Mul", [above, below], "slope.below")], "slope")
-    uncertain = build.times(build.apply("Mul", [zeros, ones], "layers.product"), halves**2, "layers.variance")
-    variance = build.apply("Mul", [slope, slope], "slope.squares")
-    summed = build.reduced("ReduceSum", uncertain, 3, "level.variance")
-    return build.apply("Mul", [spread, half], "latents"), build.apply("Mul", [variance, summed], "latents.variance")
+    latents = build.apply("Mul", [spread, half], "latents")
+    squares = build.apply("Mul", [half, half], "width.squares")
+    variance = build.apply("Mul", [_variance(build, zeros, ones, least, most), squares], "latents.precise_variance")
+    return latents, build.apply("Cast", [variance], "latents.variance", to=TensorProto.FLOAT)
+
+
+def _variance(build: ChunkBuilder, zeros: str, ones: str, least: str, most: int) -> str:
+    """Variance of the latents in half widths, of the probabilities [batch, C - 1, M, R] of their bits.
+
+    A bit r moves y by 2^-r. So log((1 + y) / (1 - y)) with a bit of 1 is that with a 0 and log(1 + 2^(1 - r) / (b a)),
+    where b is 1 - y with a 1, and a is 1 + y with a 0: sums over the other bits.
+    """
+    halves = 0.5 ** np.arange(most)
+    of_others = build.numbers("others", halves[:, None] * (1 - np.eye(most)))
+    last = build.apply("Unsqueeze", [least, build.integers("last_axis", [3])], "least.column")
+    below, above = (
+        build.apply("Add", [build.apply("MatMul", [side, of_others], f"{name}.sums"), last], name)
+        for side, name in ((zeros, "others.below"), (ones, "others.above"))
+    )
+    product = build.apply("Mul", [below, above], "others.product")
+    more = build.precise(build.apply("Div", [build.numbers("moves", 2 * halves), product], "others.ratio"), "more")
+    apart = build.apply(
+        "Log", [build.apply("Add", [more, build.precise(build.numbers("one", 1), "one.precise")], "ratios")], "apart"
+    )
+    uncertain = build.precise(build.apply("Mul", [zeros, ones], "layers.product"), "uncertain")
+    parts = build.apply("Mul", [uncertain, build.apply("Mul", [apart, apart], "apart.squares")], "layers.variance")
+    return build.reduced("ReduceSum", parts, 3, "level.variance")
 
 
 def _escaped(build: ChunkBuilder, sizes: ChunkSizes) -> tuple[str, str]:

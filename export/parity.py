@@ -27,8 +27,8 @@ from rfsq.export.graph_builder import LinearForm
 from rfsq.export.onnx_evaluator import onnx_evaluator
 from rfsq.export.proving import failures
 from rfsq.export.reference import AS_TRAINED, EDGES, REFITTED, Answers, Reference, Section
-from rfsq.runtime.backends.belief_replay import judge_beliefs, no_temperature
-from rfsq.runtime.backends.beliefs import BeliefCall, coarse_layers, decodes_beliefs
+from rfsq.runtime.backends.belief_replay import judge_beliefs, plain_question
+from rfsq.runtime.backends.beliefs import decodes_beliefs
 from rfsq.runtime.backends.contract import Backend, judged
 from rfsq.runtime.backends.graph_beliefs import graph_inputs
 from rfsq.runtime.backends.refusal import judge_refusal
@@ -314,8 +314,8 @@ def _belief_trials(
 ) -> Iterator[tuple[_Feed, Callable[[_Arrays], str]]]:
     for case in golden.beliefs.cases(model) if golden.beliefs is not None else ():
         if model.graph_of(case.prefix) == entry.prefix:
-            call = BeliefCall(is_logits=True, keeps_mode=case.keeps_mode, coarse=coarse_layers(model))
-            inputs = graph_inputs(model, case.given, no_temperature(case.given), call)
+            question = plain_question(case.given, model, is_logits=True, keeps_mode=case.keeps_mode)
+            inputs = graph_inputs(model, question)
             names = (tensor.name for tensor in entry.inputs)
             feed: _Feed = dict(zip(names, inputs.arrays, strict=True))
             yield feed, functools.partial(_belief_disagreement, case, model)

@@ -2,8 +2,8 @@
 
 Tokens are taken to be independent, given the class of a chunk. Decoding is affine in the levels of per-step tokens, and
 in the bits of chunk tokens before the compander: so the expected latents and their variances are exact. What is not
-affine behind them, Mish and the compander, is taken as affine about the expected value (docs/beliefs.md). Gradients
-reach the probabilities.
+affine behind them is taken as affine: Mish about the expected value, the compander between the two values that a bit
+gives its latent while the others are as expected (docs/beliefs.md). Gradients reach the probabilities.
 """
 
 from dataclasses import dataclass
@@ -127,16 +127,23 @@ def _in_class(code: ChunkCode, bits: Tensor, index: int) -> tuple[Tensor, Tensor
     order, rank = code.order[index, :length], code.rank[index, :length]
     # Not ldexp of the bits: its gradient is 0 where the exponent is negative.
     weight = torch.ldexp(torch.ones_like(rank, dtype=bits.dtype), -rank)
-    y, spread = (
-        torch.zeros(len(bits), latents, dtype=bits.dtype, device=bits.device).index_add(1, order, part)
-        for part in ((bits - 0.5) * weight, bits * (1 - bits) * weight.square())
-    )
+
+    def latents_of(parts: Tensor) -> Tensor:
+        zeros = torch.zeros(len(bits), latents, dtype=bits.dtype, device=bits.device)
+        return zeros.index_add(1, order, parts)
+
+    y = latents_of((bits - 0.5) * weight)
     count = bit_counts(order.unsqueeze(0), latents)[0]
     width = WIDTH * code.gain[index].gather(1, count.unsqueeze(1))[:, 0] * code.scale[index]
     basis = code.basis[index]
     chunks = code.mean[index] + (width * torch.atanh(y)) @ basis.T
-    variance = (width / (1 - y.square())).square() * spread
-    return chunks.clamp(-1, 1), variance @ basis.square().T
+    # How far the latent is with a bit that is 1 from where it is with a 0. Not by the slope of atanh, which near 1 is
+    # much steeper than the way to the middle, where a latent goes when its first bit is another.
+    of_bit = y[:, order]
+    apart = width[order] * (torch.atanh(of_bit + (1 - bits) * weight) - torch.atanh(of_bit - bits * weight))
+    variance = latents_of(bits * (1 - bits) * apart.square()) @ basis.square().T
+    # What lies between -1 and 1 has no greater one.
+    return chunks.clamp(-1, 1), variance.clamp(max=1)
 
 
 def _in_escape(bits: Tensor, num_values: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ class DecodesProbabilities(ABC):
 
     p is float32: of per-step tokens [B, T, D, l, K], l a built prefix; of chunk tokens [B, l, V], any l from 1 to L, or
     the pair (classes [B, C], bits [B, n]), the escape class last, bits as many as l whole tokens have behind the class:
-    the probability, or logit, that a bit is 1. Probabilities are at least 0 and sum to 1 within 1e-3 (they are divided
+    the probability, or logit, that a bit is 1. Probabilities are at least 0 and sum to 1 within 1/256 (they are divided
     by their sum); logits are finite, or -inf for what is forbidden.
 
     mode: `expected` over all that p leaves open; `likeliest mode`, the likeliest class, or tokens of the fewest layers

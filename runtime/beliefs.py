@@ -9,9 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from .backends.beliefs import BeliefCall, belief_backend, coarse_layers
+from .backends.beliefs import BeliefAnswer, BeliefQuestion, belief_backend, coarse_layers, mode_shape
 from .backends.contract import Backend
-from .backends.graph_beliefs import step_mode
 from .bundle.arrays import AnyArray, Float32Array, Float64Array, Int32Array
 from .bundle.belief_validation import BeliefValidator, check_mode
 from .bundle.beliefs import Belief, BeliefMode
@@ -21,7 +20,6 @@ from .bundle.probabilities import (
     Given,
     chunk_probabilities,
     class_of_tokens,
-    class_probabilities,
     distributions,
     drawn,
     logits_of,
@@ -35,27 +33,17 @@ Outputs = tuple[object, object, object]
 
 
 @dataclass(frozen=True, eq=False)
-class _Question:
-    """What a backend is asked: `given` and the rest of the call."""
-
-    given: Given
-    sharpness: Float32Array
-    call: BeliefCall
-
-
-@dataclass(frozen=True, eq=False)
 class _HeldCall:
     """A call whose arrays were checked, to be known when they come again: a control loop's do.
 
-    terms: all that is no array; pairs: of every input with an output; unwanted: std and the mode's probability where
-    the caller gives None for them.
+    terms: all that is no array; pairs: of every input with an output; of the question: all but what is given.
     """
 
     terms: tuple[Any, ...]
     pairs: tuple[CheckedPair, ...]
     sharpness: Float32Array
-    call: BeliefCall
-    unwanted: tuple[Float32Array, Float32Array]
+    is_logits: bool
+    keeps_mode: bool
 
     def is_of(self, given: tuple[Any, ...], outputs: Outputs) -> bool:
         """Whether these are the arrays, as they were."""
@@ -86,12 +74,7 @@ class BeliefDecoder:
         question = self._question(value, mode, temperature, is_logits=is_logits, unchecked=0)
         if mode == "sample":
             return self._sampled(question, np.random.default_rng(seed))
-        actions, std, probability = self._asked(question)
-        given, call = question.given, question.call
-        if not isinstance(self._model, ChunkModel):
-            return Belief(actions, std, probability, step_mode(given, call.coarse))
-        classes = class_probabilities(given, question.sharpness, self._model, is_logits=call.is_logits)
-        return Belief(actions, std, probability, classes.argmax(axis=1).astype(np.int32))
+        return self._asked(question)
 
     def decode_into(
         self, value: object, outputs: Outputs, mode: BeliefMode, temperature: object, *, is_logits: bool
@@ -104,83 +87,75 @@ class BeliefDecoder:
         is_plain = type(temperature) is float and type(mode) is str
         if held is not None and is_plain and held.terms == terms and held.is_of(given, outputs):
             # Their forms were checked a call ago.
-            std, probability = (
-                kept if out is None else out for kept, out in zip(held.unwanted, outputs[1:], strict=True)
-            )
-            self._run(_Question(given, held.sharpness, held.call), outputs[0], std, probability)
+            question = BeliefQuestion(given, held.sharpness, held.is_logits, held.keeps_mode, self._coarse)
+            self._run(question, BeliefAnswer(*outputs))  # type: ignore[arg-type]  # they are arrays that it knows
             return
         check_mode(mode, None, can_draw=False)
         question = self._question(value, mode, temperature, is_logits=is_logits, unchecked=self._unchecked_chunks)
         # The inputs as they were given: a copy that validation made shares no memory with anything.
-        checked = self._checked(cast(Given, given), outputs, len(question.given[0]))
-        self._run(question, *checked)
-        if (
-            is_plain
-            and len(question.given[0]) <= self._unchecked_chunks
-            and all(map(operator.is_, question.given, given))
-        ):
+        self._run(question, self._checked(cast(Given, given), outputs, question.batch))
+        if is_plain and question.batch <= self._unchecked_chunks and all(map(operator.is_, question.given, given)):
             pairs = tuple(CheckedPair(*pair) for pair in _paired(given, outputs))
-            self._held = _HeldCall(terms, pairs, question.sharpness, question.call, checked[1:])
+            self._held = _HeldCall(terms, pairs, question.sharpness, question.is_logits, question.keeps_mode)
 
     def _question(
         self, value: object, mode: BeliefMode, temperature: object, *, is_logits: bool, unchecked: int
-    ) -> _Question:
+    ) -> BeliefQuestion:
         """Validated. Other temperatures than 1 make logits of probabilities."""
         given = self._validator.given(value, is_logits=is_logits, unchecked=unchecked)
         sharpness = self._validator.sharpness(temperature, given)
         if not is_logits and (sharpness != 1).any():
             self._validator.check_values(given, is_logits=False)
             given, is_logits = logits_of(given), True
-        return _Question(given, sharpness, BeliefCall(is_logits, mode == "likeliest mode", self._coarse))
+        return BeliefQuestion(given, sharpness, is_logits, mode == "likeliest mode", self._coarse)
 
-    def _checked(self, given: Given, outputs: Outputs, batch: int) -> tuple[Float32Array, Float32Array, Float32Array]:
-        """Arrays that can be written into, with new ones where nobody wants the result."""
+    def _checked(self, given: Given, outputs: Outputs, batch: int) -> BeliefAnswer:
+        """Arrays that can be written into; the last two, where they are wanted."""
         actions = self._model.actions_shape(batch)
         named = zip(("out", "std_out", "mode_probability_out"), outputs, (actions, actions, (batch,)), strict=True)
-        found: list[Float32Array] = []
-        for name, out, shape in named:
-            if out is None and found:
-                found.append(np.empty(shape, np.float32))
+        found: list[Float32Array | None] = []
+        for place, (name, out, shape) in enumerate(named):
+            if out is None and place:
+                found.append(None)
             else:
-                found.append(self._outputs.output(name, out, np.float32, shape, *given, *found))
-        return found[0], found[1], found[2]
+                others = (array for array in found if array is not None)
+                found.append(self._outputs.output(name, out, np.float32, shape, *given, *others))
+        return BeliefAnswer(*found)  # type: ignore[arg-type]  # the first is never None
 
-    def _asked(self, question: _Question) -> tuple[Float32Array, Float32Array, Float32Array]:
-        batch = len(question.given[0])
-        actions, std = (np.empty(self._model.actions_shape(batch), np.float32) for _ in range(2))
-        probability = np.empty(batch, np.float32)
-        self._run(question, actions, std, probability)
-        return actions, std, probability
+    def _asked(self, question: BeliefQuestion) -> Belief[AnyArray]:
+        """All that a backend says, in new arrays."""
+        batch, model = question.batch, self._model
+        actions, std = (np.empty(model.actions_shape(batch), np.float32) for _ in range(2))
+        mode_probability, mode = np.empty(batch, np.float32), np.empty(mode_shape(model, batch), np.int32)
+        self._run(question, BeliefAnswer(actions, std, mode_probability, mode))
+        return Belief(actions, std, mode_probability, mode)
 
-    def _run(self, question: _Question, actions: Any, std: Any, probability: Any) -> None:
-        if not question.given[0].shape[0]:
+    def _run(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
+        if not question.batch:
             return
         try:
-            self._backend.decode_belief_into(
-                question.given, question.sharpness, question.call, actions, std, probability
-            )
+            self._backend.decode_belief_into(question, answer)
         except IllegalValueError:
             # Raises an error that names the value and its place.
-            self._validator.check_values(question.given, is_logits=question.call.is_logits)
+            self._validator.check_values(question.given, is_logits=question.is_logits)
             raise
 
-    def _sampled(self, question: _Question, random: np.random.Generator) -> Belief[AnyArray]:
+    def _sampled(self, question: BeliefQuestion, random: np.random.Generator) -> Belief[AnyArray]:
         """Tokens that were drawn, decoded; std: of what they leave open within their mode."""
         if isinstance(self._model, ChunkModel):
             tokens, mode, mode_probability, known = self._drawn_chunks(self._model, question, random)
         else:
             tokens, mode, mode_probability, known = self._drawn_steps(question, random)
         size = known[0].shape[-2] if len(known) == 1 else 1 + known[1].shape[1]
-        within = _Question(known, np.ones(size, np.float32), BeliefCall(False, False, self._coarse))
-        _, std, _ = self._asked(within)
-        return Belief(self._decode(tokens), std, mode_probability.astype(np.float32), mode)
+        within = BeliefQuestion(known, np.ones(size, np.float32), False, False, self._coarse)
+        return Belief(self._decode(tokens), self._asked(within).std, mode_probability.astype(np.float32), mode)
 
     def _drawn_steps(
-        self, question: _Question, random: np.random.Generator
+        self, question: BeliefQuestion, random: np.random.Generator
     ) -> tuple[Int32Array, Int32Array, Float64Array, Given]:
         """Tokens [B, T, D, l], the mode that they are of, the likeliest one's probability, and what is known when the
         mode is."""
-        found = distributions(question.given[0], question.sharpness, is_logits=question.call.is_logits)
+        found = distributions(question.given[0], question.sharpness, is_logits=question.is_logits)
         tokens, coarse = drawn(found, random), self._coarse
         mode = np.ascontiguousarray(tokens[..., :coarse])
         mode_probability = found[..., :coarse, :].max(axis=-1).min(axis=(1, 2, 3))
@@ -189,10 +164,10 @@ class BeliefDecoder:
         return tokens, mode, mode_probability, (known,)
 
     def _drawn_chunks(
-        self, model: ChunkModel, question: _Question, random: np.random.Generator
+        self, model: ChunkModel, question: BeliefQuestion, random: np.random.Generator
     ) -> tuple[Int32Array, Int32Array, Float64Array, Given]:
         """The same of chunk tokens [B, l]. A token is drawn whole where its distribution is given."""
-        given, is_logits = question.given, question.call.is_logits
+        given, is_logits = question.given, question.is_logits
         found = chunk_probabilities(given, question.sharpness, model, is_logits=is_logits)
         if len(given) == 1:
             tokens = drawn(distributions(given[0], question.sharpness, is_logits=is_logits), random)

@@ -180,6 +180,15 @@ static inline void given_class(struct belief *belief, int class)
     memcpy(belief->ones, belief->first[class], FIRST_BITS * sizeof(double));
 }
 
+/* log(p / q), as `half_log_ratio` has it, of doubles: so that those of ratios near 1 are right, too. */
+static inline double log_ratio(double p, double q)
+{
+    int32_t e;
+    half_log_ratio((float)p, (float)q, &e);
+    const double scaled = p * power_of_two(-e), s = (scaled - q) / (scaled + q), square = s * s;
+    return 2 * (e * HALF_LOG_2 + s * (1 + square * (1.0 / 3 + square * (1.0 / 5 + square * (1.0 / 7 + square / 9)))));
+}
+
 /* Expected values x [ROWS] of a class, from so many code bits, and with `variances` [ROWS] their variances. */
 static void believe_class(const double *restrict ones, int class, int num_bits, float *restrict x,
                           double *restrict variances)
@@ -192,10 +201,19 @@ static void believe_class(const double *restrict ones, int class, int num_bits, 
     }
     for (int j = 0; j < num_bits; ++j) {
         const int latent = ORDER[class][j];
-        const double one = ones[j];
-        cells[latent] = 2 * cells[latent] + one;
-        spread[latent] = 4 * spread[latent] + one * (1 - one);
+        cells[latent] = 2 * cells[latent] + ones[j];
         levels[latent] *= 2;
+    }
+    double steps[PADDED];
+    memcpy(steps, levels, sizeof steps);
+    for (int j = 0; variances != NULL && j < num_bits; ++j) {
+        /* With a bit of 1 a latent is atanh((p + a) / levels - 1), with one of 0 atanh((p - b) / levels - 1). */
+        const int latent = ORDER[class][j];
+        const double p = 2 * cells[latent] + 1, all = 2 * levels[latent], step = steps[latent];
+        const double above = p + (1 - ones[j]) * step, below = p - ones[j] * step;
+        const double apart = log_ratio(above * (all - below), below * (all - above)) / 2;
+        spread[latent] += ones[j] * (1 - ones[j]) * apart * apart;
+        steps[latent] /= 2;
     }
     _Alignas(64) double z[PADDED];
     for (int m = 0; m < PADDED; ++m) {
@@ -203,10 +221,8 @@ static void believe_class(const double *restrict ones, int class, int num_bits, 
         int32_t e;
         const float small = half_log_ratio((float)p, (float)q, &e);
         const float width = WIDTH[class][m][(bits_of((float)levels[m]) >> 23) - 127];
-        /* The slope of atanh((p - q) / (p + q)) with respect to a cell. */
-        const double slope = width * 2 * levels[m] / (p * q);
         z[m] = width * (e * HALF_LOG_2 + small);
-        spread[m] *= slope * slope;
+        spread[m] *= width * width;
     }
     to_chunk(class, z, x);
     for (int n = 0; variances != NULL && n < ROWS; ++n) {
@@ -217,6 +233,8 @@ static void believe_class(const double *restrict ones, int class, int num_bits, 
                 products[lane] += basis * basis * spread[panel * LANES + lane];
             }
         sum_lanes(1, products, &variances[n]);
+        /* What lies between -1 and 1 has no greater variance. */
+        variances[n] = variances[n] < 1 ? variances[n] : 1;
     }
 }
 
@@ -290,7 +308,7 @@ static int are_tokens(struct belief *belief, int likeliest, double total, int nu
 
 /* What a mixture of classes is expected to be, or with keeps_mode the likeliest class of it. */
 static void decode_belief(struct belief *belief, int keeps_mode, int num_tokens, float *actions, float *deviations,
-                          float *mode_probability)
+                          float *mode_probability, int32_t *mode)
 {
     const int num_bits = num_tokens * TOKEN_BITS - CLASS_BITS;
     int likeliest = 0;
@@ -301,6 +319,8 @@ static void decode_belief(struct belief *belief, int keeps_mode, int num_tokens,
     }
     if (mode_probability != NULL)
         *mode_probability = (float)(belief->weights[likeliest] / total);
+    if (mode != NULL)
+        *mode = likeliest;
     if (keeps_mode)
         total = belief->weights[likeliest];
     /* The likeliest class; then, by how much the mixture differs from it, and its squares. */
@@ -357,7 +377,7 @@ static int is_legal(struct given given)
 }
 
 static int decode_beliefs(struct given given, const float *sharpness, int keeps_mode, size_t num_chunks, float *actions,
-                          float *deviations, float *mode_probability)
+                          float *deviations, float *mode_probability, int32_t *mode)
 {
     for (size_t chunk = 0; chunk < num_chunks; ++chunk) {
         if (chunk % CHECKED_CHUNKS == 0)
@@ -372,27 +392,27 @@ static int decode_beliefs(struct given given, const float *sharpness, int keeps_
             believe_bits(own, sharpness, &belief);
         decode_belief(&belief, keeps_mode, own.num_tokens, actions + chunk * N,
                       deviations == NULL ? NULL : deviations + chunk * N,
-                      mode_probability == NULL ? NULL : mode_probability + chunk);
+                      mode_probability == NULL ? NULL : mode_probability + chunk, mode == NULL ? NULL : mode + chunk);
     }
     return RFSQ_OK;
 }
 
 int rfsq_decode_beliefs(const float *given, size_t num_tokens, const float *sharpness, int is_logits, int keeps_mode,
-                        size_t num_chunks, float *actions, float *deviations, float *mode_probability)
+                        size_t num_chunks, float *actions, float *deviations, float *mode_probability, int32_t *mode)
 {
     if (num_tokens < 1 || num_tokens > L)
         return RFSQ_ILLEGAL_VALUE;
     const struct given tokens = {is_logits, (int)num_tokens, given, NULL, NULL};
-    return decode_beliefs(tokens, sharpness, keeps_mode, num_chunks, actions, deviations, mode_probability);
+    return decode_beliefs(tokens, sharpness, keeps_mode, num_chunks, actions, deviations, mode_probability, mode);
 }
 
 int rfsq_decode_bit_beliefs(const float *classes, const float *bits, size_t num_bits, const float *sharpness,
                             int is_logits, int keeps_mode, size_t num_chunks, float *actions, float *deviations,
-                            float *mode_probability)
+                            float *mode_probability, int32_t *mode)
 {
     const size_t num_tokens = (num_bits + CLASS_BITS) / TOKEN_BITS;
     if (num_tokens < 1 || num_tokens > L || num_tokens * TOKEN_BITS != num_bits + CLASS_BITS)
         return RFSQ_ILLEGAL_VALUE;
     const struct given pair = {is_logits, (int)num_tokens, NULL, classes, bits};
-    return decode_beliefs(pair, sharpness, keeps_mode, num_chunks, actions, deviations, mode_probability);
+    return decode_beliefs(pair, sharpness, keeps_mode, num_chunks, actions, deviations, mode_probability, mode);
 }

@@ -9,7 +9,7 @@
  *
  * Every function returns RFSQ_OK, or RFSQ_ILLEGAL_VALUE where a value is not legal: a token outside the vocabulary, a
  * number of tokens that no chunk has, an action that is not finite or beyond RFSQ_ACTION_LIMIT, probabilities that are
- * none or do not sum to 1 within 1e-3, logits that are not a number, infinite above, or all -inf. A call of at most
+ * none or do not sum to 1 within 1/256, logits that are not a number, infinite above, or all -inf. A call of at most
  * RFSQ_CHECKED_STEPS steps then writes nothing; a longer one may have written whole chunks before it.
  */
 #ifndef RFSQ_TOKENIZER_H
@@ -74,10 +74,11 @@ int rfsq_decode(const int32_t *tokens, size_t num_tokens, size_t num_chunks, flo
  * @param actions [num_chunks][T][A], physical units, written
  * @param deviations [num_chunks][T][A], their standard deviations, written; or NULL
  * @param mode_probability [num_chunks], of the likeliest class, written; or NULL
+ * @param mode [num_chunks], the likeliest classes, written; or NULL
  * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
  */
 int rfsq_decode_beliefs(const float *given, size_t num_tokens, const float *sharpness, int is_logits, int keeps_mode,
-                        size_t num_chunks, float *actions, float *deviations, float *mode_probability);
+                        size_t num_chunks, float *actions, float *deviations, float *mode_probability, int32_t *mode);
 
 /**
  * @brief The same of classes, and of code bits.
@@ -91,11 +92,12 @@ int rfsq_decode_beliefs(const float *given, size_t num_tokens, const float *shar
  * @param actions [num_chunks][T][A], physical units, written
  * @param deviations [num_chunks][T][A], their standard deviations, written; or NULL
  * @param mode_probability [num_chunks], of the likeliest class, written; or NULL
+ * @param mode [num_chunks], the likeliest classes, written; or NULL
  * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
  */
 int rfsq_decode_bit_beliefs(const float *classes, const float *bits, size_t num_bits, const float *sharpness,
                             int is_logits, int keeps_mode, size_t num_chunks, float *actions, float *deviations,
-                            float *mode_probability);
+                            float *mode_probability, int32_t *mode);
 
 #ifdef __cplusplus
 }

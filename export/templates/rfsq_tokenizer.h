@@ -7,7 +7,7 @@
  *
  * Every function returns RFSQ_OK, or RFSQ_ILLEGAL_VALUE where a value is not legal: a token that is no level, an action
  * that is not finite or beyond RFSQ_ACTION_LIMIT, statistics that no encoder gives, probabilities that are none or do
- * not sum to 1 within 1e-3, logits that are not a number, infinite above, or all -inf. A call of at most
+ * not sum to 1 within 1/256, logits that are not a number, infinite above, or all -inf. A call of at most
  * RFSQ_CHECKED_STEPS steps then writes nothing; a longer one may have written whole blocks of so many steps before it.
  */
 #ifndef RFSQ_TOKENIZER_H

@@ -15,7 +15,7 @@ from ..bundle.gates import BELIEF_GATES, GATES, Check
 from ..bundle.golden_beliefs import KEEPS_MODE, BeliefCase, GoldenBeliefs
 from ..bundle.models import ChunkModel, ModelEntry
 from ..bundle.probabilities import Given, class_of_tokens, distributions, num_tokens, one_hot, softmax, tokens_of
-from .beliefs import BeliefCall, DecodesBeliefs, belief_backend, coarse_layers
+from .beliefs import BeliefAnswer, BeliefQuestion, DecodesBeliefs, belief_backend, coarse_layers
 
 #: Numbers that a distribution over the words of tokens may have to be tried, where classes and bits are given.
 _MOST_WORDS = 2**14
@@ -93,12 +93,11 @@ class _Run:
         model, count = self.model, len(given[0])
         actions, std = (np.full(model.actions_shape(count), np.nan, np.float32) for _ in range(2))
         probability = np.full(count, np.nan, np.float32)
-        sharpness = no_temperature(given)
-        call = BeliefCall(is_logits, keeps_mode, coarse_layers(model))
         for rows in self._batches(count):
             # A backend gets what the tokenizer would give it: arrays of its own, writable and contiguous.
             part = tuple(np.array(array[rows], order="C") for array in given)
-            self.backend.decode_belief_into(part, sharpness, call, actions[rows], std[rows], probability[rows])
+            question = plain_question(part, model, is_logits=is_logits, keeps_mode=keeps_mode)
+            self.backend.decode_belief_into(question, BeliefAnswer(actions[rows], std[rows], probability[rows]))
         return actions, std, probability
 
 
@@ -109,7 +108,7 @@ def _forms(logits: Given, model: ModelEntry) -> Iterator[tuple[bool, Given]]:
     """
     yield True, logits
     if not isinstance(model, ChunkModel):
-        yield False, (softmax(logits[0], no_temperature(logits)).astype(np.float32),)
+        yield False, (softmax(logits[0], _no_temperature(logits)).astype(np.float32),)
     elif num_tokens(logits, model) * model.vocabulary <= _MOST_WORDS:
         yield False, (_words(logits, model),)
 
@@ -151,6 +150,10 @@ def _certain(tokens: Int32Array, model: ModelEntry) -> Iterator[Given]:
         yield (one_hot(tokens, model.vocabulary),)
 
 
-def no_temperature(given: Given) -> Float32Array:
-    """The sharpness of a temperature of 1."""
+def plain_question(given: Given, model: ModelEntry, *, is_logits: bool, keeps_mode: bool) -> BeliefQuestion:
+    """With a temperature of 1."""
+    return BeliefQuestion(given, _no_temperature(given), is_logits, keeps_mode, coarse_layers(model))
+
+
+def _no_temperature(given: Given) -> Float32Array:
     return np.ones(given[0].shape[-2] if len(given) == 1 else 1 + given[1].shape[1], np.float32)

@@ -2,50 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
-from ..bundle.arrays import Float32Array
+from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.errors import InvalidInputError
 from ..bundle.models import ModelEntry
 
+# Tuples, because a control loop makes both for every chunk: a frozen dataclass takes a microsecond.
 
-@dataclass(frozen=True)
-class BeliefCall:
-    """How what is given is taken.
 
-    is_logits: else probabilities; keeps_mode: whether the likeliest mode alone is decoded; coarse: layers that are the
-    mode, of per-step tokens (0 for chunk tokens).
+class BeliefQuestion(NamedTuple):
+    """What is given of tokens, and how it is taken. Arrays are C-contiguous float32.
+
+    given: tokens' distributions alone, [B, T, D, l, K] or [B, l, V], or classes [B, C] and bits [B, n]; sharpness: 1 /
+    temperature of each layer [l], token [l], or class and bit [1 + n]; is_logits: else probabilities, which have a
+    sharpness of 1 and are divided by their sum; keeps_mode: whether the likeliest mode alone is decoded; coarse: layers
+    that are the mode, of per-step tokens (0 for chunk tokens).
     """
 
+    given: tuple[Float32Array, ...]
+    sharpness: Float32Array
     is_logits: bool
     keeps_mode: bool
     coarse: int
+
+    @property
+    def batch(self) -> int:
+        """How many chunks."""
+        return len(self.given[0])
+
+
+class BeliefAnswer(NamedTuple):
+    """C-contiguous arrays to write into; None for what nobody wants.
+
+    actions, std: float32 [B, T, A]; mode_probability: float32 [B], of the likeliest mode; mode: int32, the likeliest
+    classes [B], or coarse tokens [B, T, D, c], which are what is decoded where the mode alone is.
+    """
+
+    actions: Float32Array
+    std: Float32Array | None = None
+    mode_probability: Float32Array | None = None
+    mode: Int32Array | None = None
 
 
 class DecodesBeliefs(Protocol):
     """A backend that decodes probabilities; beside `Backend`, whose promises on threads, signals and fork hold here."""
 
-    # Two inputs, three outputs, and how.
-    def decode_belief_into(  # noqa: PLR0913
-        self,
-        given: tuple[Float32Array, ...],
-        sharpness: Float32Array,
-        call: BeliefCall,
-        actions: Float32Array,
-        std: Float32Array,
-        mode_probability: Float32Array,
-    ) -> None:
-        """given: tokens' distributions alone, [B, T, D, l, K] or [B, l, V], or classes [B, C] and bits [B, n];
-        sharpness: 1 / temperature of each layer [l], token [l], or class and bit [1 + n] -> actions and std [B, T, A],
-        mode_probability [B].
-
-        Arrays are C-contiguous float32. Probabilities have a sharpness of 1: with any other, they come as logits. They
-        are divided by their sum. Those that are all 0 or 1 give exactly what `decode_into` gives, and a std of 0.
+    def decode_belief_into(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
+        """Probabilities that are all 0 or 1 give exactly what `decode_into` gives, and a std of 0.
 
         The caller has validated all values, except in calls of at most `checked_steps` steps: there the backend raises
         IllegalValueError, with nothing written. Raises InferenceError where the library fails.
         """
+
+
+def mode_shape(model: ModelEntry, batch: int) -> tuple[int, ...]:
+    """Of the mode of so many chunks."""
+    return model.tokens_shape(batch, coarse_layers(model)) if model.token_grid else (batch,)
 
 
 def coarse_layers(model: ModelEntry) -> int:

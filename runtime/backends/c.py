@@ -19,9 +19,10 @@ from ..bundle.arrays import AnyArray, Float32Array, Int32Array
 from ..bundle.backend_specs import BACKENDS
 from ..bundle.errors import BackendUnavailableError, IllegalValueError
 from ..bundle.folder import Bundle
-from .beliefs import BeliefCall
+from .beliefs import BeliefAnswer, BeliefQuestion
 from .contract import EngineInUse, engine_for
 from .cpu_targets import host_targets
+from .graph_beliefs import step_mode
 
 _byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
 
@@ -127,31 +128,24 @@ class CBackend:
         """Whether this engine decodes probabilities."""
         return bool(self._beliefs) or self._chunk_beliefs is not None
 
-    # As in the contract.
-    def decode_belief_into(  # noqa: PLR0913
-        self,
-        given: tuple[Float32Array, ...],
-        sharpness: Float32Array,
-        call: BeliefCall,
-        actions: Float32Array,
-        std: Float32Array,
-        mode_probability: Float32Array,
-    ) -> None:
-        terms: tuple[int, ...] = (call.is_logits, call.keeps_mode)
+    def decode_belief_into(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
+        given, batch = question.given, _size(question.batch)
+        terms: tuple[Any, ...] = (_pointer(question.sharpness), question.is_logits, question.keeps_mode)
+        outputs: tuple[AnyArray | None, ...] = (answer.actions, answer.std, answer.mode_probability)
         function: Callable[..., int] | None
-        parts: tuple[Any, ...]
-        if len(given) == 2:
-            function, parts = self._bit_beliefs, (*map(_pointer, given), _size(given[1].shape[1]))
-        elif given[0].ndim == 3:
-            function, parts = self._chunk_beliefs, (_pointer(given[0]), _size(given[0].shape[1]))
+        if given[0].ndim == 5:
+            function, terms = self._beliefs.get(given[0].shape[3]), (*terms, question.coarse)
+        elif len(given) == 2:
+            function, terms, outputs = self._bit_beliefs, (_size(given[1].shape[1]), *terms), (*outputs, answer.mode)
         else:
-            function, parts = self._beliefs.get(given[0].shape[3]), (_pointer(given[0]),)
-            terms = (*terms, call.coarse)
+            function, terms, outputs = self._chunk_beliefs, (_size(given[0].shape[1]), *terms), (*outputs, answer.mode)
         if function is None:
             raise BackendUnavailableError("the C engine decodes no probabilities; build the bundle again")
-        outputs = map(_pointer, (actions, std, mode_probability))
-        if function(*parts, _pointer(sharpness), *terms, _size(len(actions)), *outputs):
+        pointers = (None if output is None else _pointer(output) for output in outputs)
+        if function(*map(_pointer, given), *terms, batch, *pointers):
             raise IllegalValueError("the C engine refuses what is given of tokens: not all of it are distributions")
+        if answer.mode is not None and given[0].ndim == 5:
+            answer.mode[...] = step_mode(question)
 
     def close(self) -> None:
         """Does nothing: the library stays loaded, since another thread may be in it, and it holds no memory."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..bundle.arrays import AnyArray, BoolArray, Float32Array, Float64Array, Int32Array
 from ..bundle.models import ChunkModel, ModelEntry
-from ..bundle.probabilities import Given, chunk_probabilities, distributions, num_tokens, one_hot, tokens_of
-from .beliefs import BeliefCall
+from ..bundle.probabilities import chunk_probabilities, distributions, num_tokens, one_hot, tokens_of
+from .beliefs import BeliefAnswer, BeliefQuestion
 
 #: So many numbers of the largest array of a graph are computed at once: some tens of megabytes in all.
 _SLICE = 2**20
@@ -25,11 +25,12 @@ class RunsGraph(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class GraphInputs:
-    """arrays: the graph's inputs, float32; mode_probability: float64 [B]; tokens: the likeliest, int32; certain:
-    bool [B], whether these are all that is possible."""
+    """arrays: the graph's inputs, float32; mode_probability: float64 [B], of the likeliest mode int32 [B] or
+    [B, T, D, c]; tokens: the likeliest, int32; certain: bool [B], whether these are all that is possible."""
 
     arrays: tuple[Float32Array, ...]
     mode_probability: Float64Array
+    mode: Int32Array
     tokens: Int32Array
     certain: BoolArray
 
@@ -48,27 +49,24 @@ class GraphBeliefs:
     ) -> None:
         self._model, self._graphs, self._decode = model, graphs, decode
 
-    # As in the contract.
-    def decode_into(  # noqa: PLR0913
-        self,
-        given: Given,
-        sharpness: Float32Array,
-        call: BeliefCall,
-        actions: Float32Array,
-        std: Float32Array,
-        mode_probability: Float32Array,
-    ) -> None:
+    def decode_into(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
         """See `DecodesBeliefs.decode_belief_into`."""
-        batch, layers = len(actions), num_tokens(given, self._model)
+        batch, layers, actions = question.batch, num_tokens(question.given, self._model), answer.actions
         tokens, certain = np.empty(self._model.tokens_shape(batch, layers), np.int32), np.empty(batch, np.bool_)
+        # A graph has both outputs.
+        std = np.empty_like(actions) if answer.std is None else answer.std
         graph, size = self._graphs[self._model.graph_of(layers)], _slice_size(self._model, layers)
         for start in range(0, batch, size):
             rows = slice(start, start + size)
-            made = graph_inputs(self._model, tuple(array[rows] for array in given), sharpness, call)
+            part = question._replace(given=tuple(array[rows] for array in question.given))
+            made = graph_inputs(self._model, part)
             if not made.certain.all():
                 second = made.arrays[1] if len(made.arrays) == 2 else None
                 graph.run(made.arrays[0], second, actions[rows], std[rows])
-            mode_probability[rows], tokens[rows], certain[rows] = made.mode_probability, made.tokens, made.certain
+            tokens[rows], certain[rows] = made.tokens, made.certain
+            for output, found in ((answer.mode_probability, made.mode_probability), (answer.mode, made.mode)):
+                if output is not None:
+                    output[rows] = found
         if certain.any():
             # All of them, since a library may sum in another order for another number of chunks.
             decoded = np.empty_like(actions)
@@ -76,31 +74,33 @@ class GraphBeliefs:
             actions[certain], std[certain] = decoded[certain], 0
 
 
-def graph_inputs(model: ModelEntry, given: Given, sharpness: Float32Array, call: BeliefCall) -> GraphInputs:
+def graph_inputs(model: ModelEntry, question: BeliefQuestion) -> GraphInputs:
     """What a belief graph takes of a question to a backend."""
     if isinstance(model, ChunkModel):
-        return _of_chunks(model, given, sharpness, call)
-    found = distributions(given[0], sharpness, is_logits=call.is_logits)
-    coarse = found[..., : call.coarse, :]
+        return _of_chunks(model, question)
+    found = distributions(question.given[0], question.sharpness, is_logits=question.is_logits)
+    mode = step_mode(question)
+    coarse = found[..., : question.coarse, :]
     mode_probability = coarse.max(axis=-1).min(axis=(1, 2, 3))
-    if call.keeps_mode:
-        coarse[...] = one_hot(step_mode(given, call.coarse), model.vocabulary)
+    if question.keeps_mode:
+        coarse[...] = one_hot(mode, model.vocabulary)
     # Before what is small is rounded to 0.
     certain = (np.count_nonzero(found, axis=-1) == 1).all(axis=(1, 2, 3))
-    return GraphInputs((found.astype(np.float32),), mode_probability, found.argmax(axis=-1).astype(np.int32), certain)
+    tokens = found.argmax(axis=-1).astype(np.int32)
+    return GraphInputs((found.astype(np.float32),), mode_probability, mode, tokens, certain)
 
 
-def step_mode(given: Given, coarse: int) -> Int32Array:
+def step_mode(question: BeliefQuestion) -> Int32Array:
     """The likeliest coarse tokens [B, T, D, coarse]. Of what was given, for a softmax rounds near logits to a tie."""
-    likeliest: Int32Array = given[0][..., :coarse, :].argmax(axis=-1).astype(np.int32)
+    likeliest: Int32Array = question.given[0][..., : question.coarse, :].argmax(axis=-1).astype(np.int32)
     return likeliest
 
 
-def _of_chunks(model: ChunkModel, given: Given, sharpness: Float32Array, call: BeliefCall) -> GraphInputs:
+def _of_chunks(model: ChunkModel, question: BeliefQuestion) -> GraphInputs:
     """Columns of bits: of the first token given each class, of those behind, and what stays unknown (both sides 0)."""
-    found = chunk_probabilities(given, sharpness, model, is_logits=call.is_logits)
+    found = chunk_probabilities(question.given, question.sharpness, model, is_logits=question.is_logits)
     likeliest = found.classes.argmax(axis=1).astype(np.int32)
-    classes = one_hot(likeliest, model.num_classes) if call.keeps_mode else found.classes
+    classes = one_hot(likeliest, model.num_classes) if question.keeps_mode else found.classes
     batch, cut = len(classes), model.num_classes * found.first.shape[3]
     bits = np.zeros((batch, 2, model.belief_columns), np.float32)
     bits[:, :, :cut] = found.first.swapaxes(1, 2).reshape(batch, 2, cut)
@@ -109,7 +109,7 @@ def _of_chunks(model: ChunkModel, given: Given, sharpness: Float32Array, call: B
     # Before rounding, which takes a bit that is 1 for certain long before one that is 0.
     certain = (np.count_nonzero(classes, axis=1) == 1) & ((zeros == 0) | (ones == 0)).all(axis=1)
     tokens = tokens_of(likeliest, (ones > zeros).astype(np.int32), model)
-    return GraphInputs((classes.astype(np.float32), bits), found.classes.max(axis=1), tokens, certain)
+    return GraphInputs((classes.astype(np.float32), bits), found.classes.max(axis=1), likeliest, tokens, certain)
 
 
 def _slice_size(model: ModelEntry, layers: int) -> int:

@@ -23,7 +23,7 @@ from ..bundle.arrays import AnyArray, Float32Array, Int32Array
 from ..bundle.errors import BackendUnavailableError, BundleError, InferenceError
 from ..bundle.folder import Bundle
 from ..bundle.manifest import GraphEntry, TensorEntry
-from .beliefs import BeliefCall
+from .beliefs import BeliefAnswer, BeliefQuestion
 from .graph_beliefs import GraphBeliefs
 
 _LOG = logging.getLogger(__name__)
@@ -90,17 +90,8 @@ class OrtBackend:
         """Whether this bundle has graphs for them."""
         return bool(self._belief_graphs)
 
-    # As in the contract.
-    def decode_belief_into(  # noqa: PLR0913
-        self,
-        given: tuple[Float32Array, ...],
-        sharpness: Float32Array,
-        call: BeliefCall,
-        actions: Float32Array,
-        std: Float32Array,
-        mode_probability: Float32Array,
-    ) -> None:
-        self._beliefs.decode_into(given, sharpness, call, actions, std, mode_probability)
+    def decode_belief_into(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
+        self._beliefs.decode_into(question, answer)
 
     def close(self) -> None:
         self._encoder.close()

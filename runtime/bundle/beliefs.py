@@ -10,8 +10,8 @@ from typing import Generic, Literal, TypeVar
 BeliefMode = Literal["expected", "likeliest mode", "sample"]
 BELIEF_MODES: tuple[BeliefMode, ...] = typing.get_args(BeliefMode)
 
-#: By how much the sum of given probabilities may differ from 1: what rounding to half precision leaves.
-SUM_TOLERANCE = 1e-3
+#: By how much the sum of given probabilities may differ from 1: what a softmax in bfloat16 leaves.
+SUM_TOLERANCE = 2.0**-8
 
 Array = TypeVar("Array")
 

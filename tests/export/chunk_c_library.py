@@ -69,18 +69,18 @@ class Library:
         keeps_mode: bool = False,
         sharpness: Array | None = None,
         wants_all: bool = True,
-    ) -> tuple[int, Array, Array, Array]:
-        """given: words float32 [B, l, V] alone, or classes [B, C] and bits [B, n]; actions, deviations and
-        mode_probability; without wants_all the first alone."""
+    ) -> tuple[int, Array, Array, Array, Array]:
+        """given: words float32 [B, l, V] alone, or classes [B, C] and bits [B, n]; actions, deviations,
+        mode_probability and mode; without wants_all the first alone."""
         batch = len(given[0])
         actions = np.full((batch, self.sizes.chunk_length, self.sizes.action_dim), UNTOUCHED, np.float32)
         deviations, mode_probability = actions.copy(), np.full(batch, UNTOUCHED, np.float32)
-        length = given[-1].shape[1]
+        mode, length = np.full(batch, UNTOUCHED, np.int32), given[-1].shape[1]
         own = np.ones(1 + length, np.float32) if sharpness is None else sharpness
         function = self._library.rfsq_decode_beliefs if len(given) == 1 else self._library.rfsq_decode_bit_beliefs
         terms = (ctypes.c_size_t(length), _at(own), int(is_logits), int(keeps_mode), ctypes.c_size_t(batch))
-        others = map(_at, (deviations, mode_probability)) if wants_all else (None, None)
-        return function(*map(_at, given), *terms, _at(actions), *others), actions, deviations, mode_probability
+        others = map(_at, (deviations, mode_probability, mode)) if wants_all else (None, None, None)
+        return function(*map(_at, given), *terms, _at(actions), *others), actions, deviations, mode_probability, mode
 
 
 def _at(array: Array) -> ctypes.c_void_p:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -24,6 +23,7 @@ from rfsq.export.parity import cross_check
 from rfsq.export.plan import plan_decoder, plan_encoder
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.runtime.backends.belief_replay import judge_beliefs
+from rfsq.runtime.backends.beliefs import BeliefAnswer, BeliefQuestion
 from rfsq.runtime.backends.onnxruntime import OrtBackend
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.folder import Bundle
@@ -196,10 +196,9 @@ def test_a_decoder_of_another_model_differs_where_all_is_certain() -> None:
     class Rounding(OrtBackend):
         """Rounds what is certain another way than `decode_into`."""
 
-        def decode_belief_into(self, *arrays: Any) -> None:
-            super().decode_belief_into(*arrays)
-            actions = arrays[3]
-            actions[...] = np.nextafter(actions, np.float32(2))
+        def decode_belief_into(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
+            super().decode_belief_into(question, answer)
+            answer.actions[...] = np.nextafter(answer.actions, np.float32(2))
 
     backend = case.backend()
     backend.__class__ = Rounding

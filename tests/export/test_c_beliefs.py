@@ -243,7 +243,7 @@ def test_what_is_the_same_for_all_levels_changes_nothing(library_of: LibraryOf) 
 def test_a_sum_that_half_precision_has_rounded_is_divided_by(library_of: LibraryOf) -> None:
     library = library_of(Recipe())
     exact = softmax(random_logits(library.recipe, 20, 3, 2))
-    for factor in (0.9991, 1.0009):
+    for factor in (0.9965, 1.0035):
         given = (exact * factor).float().numpy()
         check(library, library.believe(given, is_logits=False), exact, False, 1)
 
@@ -261,7 +261,7 @@ def check_refused(library: Library, given: Array, *, is_logits: bool) -> None:
 def test_numbers_that_are_no_probability_are_refused_and_nothing_is_written(place: int, library_of: LibraryOf) -> None:
     library = library_of(Recipe())
     legal = softmax(random_logits(library.recipe, 5, 3, 1)).float().numpy()
-    for value in (np.nan, -np.nan, np.inf, -np.inf, -1e-3, 1.5, 3.4e38, 1e-45 + legal.flat[place] + 2e-3):
+    for value in (np.nan, -np.nan, np.inf, -np.inf, -1e-3, 1.5, 3.4e38, 1e-45 + legal.flat[place] + 5e-3):
         check_refused(library, with_value(legal, place, value), is_logits=False)
     negative = one_hot(np.zeros(legal.shape[:-1]), 5, is_logits=False)
     negative[..., 1] = -0.0

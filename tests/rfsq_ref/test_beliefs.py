@@ -161,11 +161,30 @@ def test_escaped_chunks_are_exact(length: int) -> None:
     assert_is(belief.std[0], deviation)
 
 
-def test_chunks_are_exact_before_the_compander_and_to_the_first_order_behind_it() -> None:
+def one_latent(width: float) -> ChunkTokenizer:
+    """One latent of a class has all the bits, so that its last ones move it little."""
     constants = random_constants(TINY_CHUNKS, 3)
-    # One latent of a class has all the bits, so that its last ones move it little; and nothing is clipped.
-    constants = replace(constants, order=torch.zeros_like(constants.order), scale=constants.scale * 0.05)
-    model = ChunkTokenizer(TINY_CHUNKS, constants).double()
+    constants = replace(constants, order=torch.zeros_like(constants.order), scale=constants.scale * width)
+    return ChunkTokenizer(TINY_CHUNKS, constants).double()
+
+
+@pytest.mark.parametrize("place", range(10))
+def test_of_one_bit_that_is_unsure_the_deviation_is_exact_wherever_it_moves_the_latent(place: int) -> None:
+    # Near the end of its range a latent goes to the middle when its first bit is another; nothing is clipped.
+    model, ones = one_latent(0.05), torch.ones(10, dtype=torch.float64)
+    ones[place] = 0.99
+    assert_is(in_class(model, 1, ones).std[0], all_bits(model, 1, ones)[1], 1e-9)
+
+
+def test_no_deviation_is_wider_than_the_range() -> None:
+    model, ones = one_latent(1e4), torch.full((10,), 0.5, dtype=torch.float64)
+    std = in_class(model, 1, ones).std[0] / model.units
+    assert std.max() == 1
+
+
+def test_chunks_are_exact_before_the_compander_and_to_the_first_order_behind_it() -> None:
+    # Nothing is clipped.
+    model = one_latent(0.05)
     for known, tolerance in ((3, 0.1), (5, 0.03), (7, 0.01)):
         ones = torch.tensor([1.0, 0, 1, 0, 1, 1, 0, 1, 0, 1], dtype=torch.float64)
         ones[known:] = random_probabilities(10 - known, 2, seed=known)[:, 0]

@@ -64,24 +64,23 @@ static void once(size_t length, int is_pair, int is_logits, int keeps_mode)
     float *first = is_pair ? random_given(CHUNKS, C, is_logits) : random_given(CHUNKS * length, V, is_logits);
     float *second = random_given(CHUNKS, bits, is_logits), *sharpness = array(places);
     float *actions = array(CHUNKS * N), *deviations = array(CHUNKS * N), *mode_probability = array(CHUNKS);
+    int32_t mode[CHUNKS];
     for (size_t i = 0; i < places; ++i)
         sharpness[i] = 1;
-#define BELIEVE(actions, deviations, mode_probability)                                                                 \
-    (is_pair ? rfsq_decode_bit_beliefs(first, second, bits, sharpness, is_logits, keeps_mode, CHUNKS, actions,         \
-                                       deviations, mode_probability)                                                   \
-             : rfsq_decode_beliefs(first, length, sharpness, is_logits, keeps_mode, CHUNKS, actions, deviations,       \
-                                   mode_probability))
-    require(BELIEVE(actions, deviations, mode_probability) == RFSQ_OK, "what is legal is decoded");
+#define BELIEVE(...)                                                                                                   \
+    (is_pair ? rfsq_decode_bit_beliefs(first, second, bits, sharpness, is_logits, keeps_mode, CHUNKS, __VA_ARGS__)     \
+             : rfsq_decode_beliefs(first, length, sharpness, is_logits, keeps_mode, CHUNKS, __VA_ARGS__))
+    require(BELIEVE(actions, deviations, mode_probability, mode) == RFSQ_OK, "what is legal is decoded");
     for (size_t i = 0; i < CHUNKS * N; ++i)
         require(isfinite(actions[i]) && deviations[i] >= 0, "actions and deviations are numbers");
     for (size_t i = 0; i < CHUNKS; ++i)
-        require(mode_probability[i] > 0 && mode_probability[i] < 1.001f, "the mode is possible");
+        require(mode_probability[i] > 0 && mode_probability[i] < 1.001f, "the mode is possible"), require(mode[i] >= 0 && mode[i] < (int32_t)C, "the mode is a class");
     float *untouched = array(CHUNKS * N);
     if (is_pair && rand() % 2)
         second[(size_t)rand() % (CHUNKS * bits)] = illegal[rand() % 4];
     else
         first[(size_t)rand() % (is_pair ? CHUNKS * C : CHUNKS * length * V)] = illegal[rand() % 4];
-    require(BELIEVE(untouched, NULL, NULL) == RFSQ_ILLEGAL_VALUE, "what is illegal is refused");
+    require(BELIEVE(untouched, NULL, NULL, NULL) == RFSQ_ILLEGAL_VALUE, "what is illegal is refused");
     for (size_t i = 0; i < CHUNKS * N * sizeof(float); ++i)
         require(((const char *)untouched)[i] == 0x5a, "what is refused writes nothing");
     release(first), release(second), release(sharpness), release(untouched);

@@ -10,7 +10,7 @@ import pytest
 
 from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
-from rfsq.runtime.backends.beliefs import BeliefCall, decodes_beliefs
+from rfsq.runtime.backends.beliefs import BeliefAnswer, BeliefQuestion, decodes_beliefs
 from rfsq.runtime.backends.c import CBackend
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.arrays import AnyArray, Float32Array, Int32Array
@@ -22,7 +22,9 @@ from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
 BEST = host_targets()[0]
 RECIPE = Recipe(c_targets=(BEST,))
 SIZES = ChunkSizes(3, 2, num_classes=5, token_bits=6, num_tokens=6)
-LOGITS, PROBABILITIES = BeliefCall(True, False, 2), BeliefCall(False, False, 2)
+#: Whether these are logits, whether the mode alone is decoded, and how many layers are it.
+Call = tuple[bool, bool, int]
+LOGITS, PROBABILITIES = (True, False, 2), (False, False, 2)
 
 BundleOf = Callable[[Recipe], Path]
 
@@ -44,13 +46,14 @@ def chunks(tmp_path_factory: pytest.TempPathFactory) -> CBackend:
 
 
 def asked(
-    backend: CBackend, given: tuple[Float32Array, ...], call: BeliefCall, action_dim: int = 3
+    backend: CBackend, given: tuple[Float32Array, ...], call: Call, action_dim: int = 3
 ) -> tuple[Float32Array, Float32Array, Float32Array]:
     """Actions, standard deviations and the mode's probability; every temperature is 1."""
     batch, size = len(given[0]), given[0].shape[-2] if len(given) == 1 else 1 + given[1].shape[1]
     actions = np.full((batch, 2, action_dim), 77, np.float32)
     std, mode_probability = actions.copy(), np.full(batch, 77, np.float32)
-    backend.decode_belief_into(given, np.ones(size, np.float32), call, actions, std, mode_probability)
+    question = BeliefQuestion(given, np.ones(size, np.float32), *call)
+    backend.decode_belief_into(question, BeliefAnswer(actions, std, mode_probability))
     return actions, std, mode_probability
 
 
@@ -78,13 +81,12 @@ def test_each_prefix_of_per_step_tokens_has_its_function(steps: CBackend) -> Non
 
 def test_both_forms_of_chunk_tokens_have_theirs(chunks: CBackend) -> None:
     assert decodes_beliefs(chunks)
-    call = BeliefCall(False, False, 0)
     for length in (1, 4, 6):
         tokens = np.random.default_rng(2).integers(64, size=(7, length), dtype=np.int32)
         bits = (tokens[..., None] >> np.arange(5, -1, -1) & 1).reshape(7, -1)[:, 3:].astype(np.float32)
         classes = certain(np.minimum(tokens[:, 0] >> 3, 4), 5)
         for given in ((certain(tokens, 64),), (classes, bits)):
-            actions, std, mode_probability = asked(chunks, given, call)
+            actions, std, mode_probability = asked(chunks, given, (False, False, 0))
             np.testing.assert_array_equal(actions, decoded(chunks, tokens))
             assert (std == 0).all()
             assert (mode_probability == 1).all()
@@ -97,15 +99,15 @@ def test_what_is_asked_for_arrives(steps: CBackend, chunks: CBackend) -> None:
     pair = random.normal(size=(3, 5)).astype(np.float32), random.normal(size=(3, 15)).astype(np.float32)
     for backend, given, size in ((steps, (logits,), 3), (chunks, pair, 16)):
         found = []
-        for call, sharpness in ((LOGITS, 1), (LOGITS, 2), (BeliefCall(True, True, 2), 1)):
+        for call, sharpness in ((LOGITS, 1), (LOGITS, 2), ((True, True, 2), 1)):
             actions, std = np.empty((3, 2, 3), np.float32), np.empty((3, 2, 3), np.float32)
-            terms = np.full(size, sharpness, np.float32), call
-            backend.decode_belief_into(given, *terms, actions, std, np.empty(3, np.float32))
+            question = BeliefQuestion(given, np.full(size, sharpness, np.float32), *call)
+            backend.decode_belief_into(question, BeliefAnswer(actions, std))
             found.append(np.stack((actions, std)))
         for i in range(3):
             assert not np.allclose(found[i], found[i - 1])
         with pytest.raises(IllegalValueError):
-            asked(backend, given, BeliefCall(False, False, 2))
+            asked(backend, given, (False, False, 2))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -122,8 +124,9 @@ def test_illegal_values_are_refused_and_nothing_is_written(value: float, steps: 
         given[illegal].flat[-1] = value
         size = shapes[0][-2] if len(shapes) == 1 else 16
         outputs = tuple(np.full(shape, 77, np.float32) for shape in ((1, 2, 3), (1, 2, 3), (1,)))
+        question = BeliefQuestion(given, np.ones(size, np.float32), *LOGITS)
         with pytest.raises(IllegalValueError):
-            backend.decode_belief_into(given, np.ones(size, np.float32), LOGITS, *outputs)
+            backend.decode_belief_into(question, BeliefAnswer(*outputs))
         assert all((output == 77).all() for output in outputs)
 
 
