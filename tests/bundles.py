@@ -27,6 +27,7 @@ from rfsq.export.plan import (
     choose_prefixes,
     plan_decoder,
     plan_encoder,
+    step_decoding,
 )
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
 from rfsq.rfsq_ref.normaliser import Normaliser
@@ -34,6 +35,7 @@ from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.backend_specs import BACKENDS
+from rfsq.runtime.bundle.decoding import write_decoding
 from rfsq.runtime.bundle.fidelity import fidelity
 from rfsq.runtime.bundle.gates import highest_limit, missing_gates, promised_refusal
 from rfsq.runtime.bundle.golden import Golden, write_golden
@@ -41,6 +43,7 @@ from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,
     CUDA_SOURCE,
+    DECODING_NAME,
     GOLDEN_NAME,
     SCHEMA_VERSION,
     EngineEntry,
@@ -117,6 +120,9 @@ def write_bundle(output: Path, deployed: Deployed | Recipe, *, overwrite: bool =
     with stage_bundle(output, overwrite=overwrite) as staged:
         for file, content in graphs.items():
             staged.write(file, content)
+        decoding = step_decoding(_plans(deployed)[1]) if _has_beliefs(deployed.recipe) else None
+        if decoding is not None:
+            staged.write(DECODING_NAME, write_decoding(decoding))
         staged.write(GOLDEN_NAME, write_golden(golden_vectors(deployed)))
         manifest = make_manifest(deployed)
         if deployed.recipe.has_engine:
