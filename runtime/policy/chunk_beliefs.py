@@ -208,10 +208,11 @@ class ChunkBeliefs:
         least = torch.ldexp(torch.ones_like(half), -count)
         steps = torch.ldexp(found.new_ones(found.shape[-1]), -torch.arange(found.shape[-1], device=found.device))
         below, above = (found * steps).unbind(1)
+        others = 1 - torch.eye(len(steps), dtype=steps.dtype, device=steps.device)
         latents = half * ((above.sum(-1) + least) / (below.sum(-1) + least)).log()
         # How far apart the two values of a bit are. Of sums without it: what subtracting leaves may be rounding alone.
-        without = (_others(below) + least.unsqueeze(-1), _others(above) + least.unsqueeze(-1))
-        apart = half.unsqueeze(-1) * ((steps / without[0]).log1p() + (steps / without[1]).log1p())
+        sides = [(steps / (side @ others + least.unsqueeze(-1))).log1p() for side in (below, above)]
+        apart = half.unsqueeze(-1) * (sides[0] + sides[1])
         return latents, (found[:, 0] * found[:, 1] * apart.square()).sum(-1)
 
     def _escaped(self, bits: Tensor) -> _Moments:
@@ -247,13 +248,6 @@ def _mixed(classes: Tensor, found: _Moments) -> _Moments:
     mean = (weights * found.mean).sum(1)
     variance = (weights * (found.variance + (found.mean - mean.unsqueeze(1)).square())).sum(1)
     return _Moments(mean, variance)
-
-
-def _others(parts: Tensor) -> Tensor:
-    """The sum [..., R] of all parts but each."""
-    before = functional.pad(parts, (1, 0))[..., :-1].cumsum(-1)
-    behind = functional.pad(parts, (0, 1))[..., 1:].flip(-1).cumsum(-1).flip(-1)
-    return before + behind
 
 
 def _digits_of_words() -> Float32Array:
