@@ -33,7 +33,7 @@ from ..bundle.probabilities import Given
 from .adapter_calls import Engines, uncompiled
 from .chunk_beliefs import ChunkBeliefs
 from .step_beliefs import StepBeliefs
-from .tensors import checked_tensor, has_numbers
+from .tensors import checked_tensor, runs_on_numbers
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _Graph = StepBeliefs | ChunkBeliefs
@@ -71,7 +71,7 @@ class TensorBeliefs:
             raise InvalidInputError(f"a generator was given, and mode {mode!r} draws nothing; leave it out")
         validator = BeliefValidator(self._model)
         given, leading = self._given(value, is_logits=is_logits)
-        if given[0].is_cpu and has_numbers(given[0]):
+        if given[0].is_cpu and runs_on_numbers():
             validator.check_values(_arrays(given), is_logits=is_logits)
         precise = torch.float64 if any(part.dtype is torch.float64 for part in given) else torch.float32
         given = tuple(part.to(precise) for part in given)
@@ -82,7 +82,7 @@ class TensorBeliefs:
         if self._model.token_grid:
             return found
         parts = (found.actions, found.std, found.mode_probability, found.mode)
-        return Belief(*(part.reshape(*leading, *part.shape[1:]) for part in parts))
+        return Belief(*(part.reshape((*leading, *part.shape[1:])) for part in parts))
 
     def _given(self, value: object, *, is_logits: bool) -> tuple[tuple[Tensor, ...], torch.Size]:
         """Distributions [..., T, D, l, K] as they are, [..., l, V] or the pair [..., C] and [..., n] as [B, ...]; and
@@ -115,7 +115,7 @@ class TensorBeliefs:
     @uncompiled
     def _made(self, like: Tensor) -> _Graph:
         """Raises InvalidInputError where a graph is being recorded: there its tensors would be stand-ins."""
-        if not has_numbers(torch.empty(0)):
+        if not runs_on_numbers():
             raise InvalidInputError(
                 "decode_logits is called for the first time while a graph is recorded, or inside torch.func, where its "
                 "constants cannot be made: call it once before, with logits of the same device and type"
@@ -176,7 +176,7 @@ def _graph_of(decoding: Decoding, model: ChunkModel | StepModel, like: Tensor) -
 def _floats(name: str, value: object) -> Tensor:
     """A tensor of floats. Raises InvalidInputError for anything else."""
     # Those that are recorded have no numbers yet, and take part in the graph.
-    found = value if isinstance(value, Tensor) and not has_numbers(value) else checked_tensor(name, value)
+    found = value if isinstance(value, Tensor) and not runs_on_numbers() else checked_tensor(name, value)
     if found.dtype not in _TYPES:
         raise InvalidInputError(f"{name} have type {found.dtype}; expected floats of 16, 32 or 64 bits")
     return found
@@ -196,7 +196,7 @@ def _pair(classes: Tensor, bits: Tensor, model: ChunkModel) -> tuple[tuple[Tenso
         )
     check_num_bits(tuple(bits.shape), model)
     count = math.prod(leading)
-    return (classes.reshape(count, -1), bits.reshape(count, bits.shape[-1])), leading
+    return (classes.reshape(count, model.num_classes), bits.reshape(count, bits.shape[-1])), leading
 
 
 def _arrays(given: tuple[Tensor, ...]) -> Given:
@@ -219,7 +219,7 @@ def _sharpness(temperature: object, given: tuple[Tensor, ...], validator: Belief
         # Of the arrays it takes their shapes alone.
         found = validator.sharpness(temperature, cast(Given, given))
         return torch.from_numpy(np.array(found)).to(given[0])
-    if temperature.shape not in ((), (size,)) or not temperature.is_floating_point():
+    if tuple(temperature.shape) not in ((), (size,)) or not temperature.is_floating_point():
         raise InvalidInputError(
             f"temperature has shape {[*temperature.shape]} and type {temperature.dtype}; expected floats, one or "
             f"[{size}]"

@@ -43,11 +43,11 @@ def checked_tensor(name: str, value: object) -> Tensor:
     return value.resolve_neg() if value.is_neg() else value
 
 
-def has_numbers(tensor: Tensor) -> bool:
+def runs_on_numbers() -> bool:
     """Whether this code runs on numbers now: it is not compiled, recorded, or inside a transform of torch.func."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not (is_recorded() or tensor.is_meta)
+    return not is_recorded()
 
 
 def is_recorded() -> bool:
