@@ -40,7 +40,7 @@ from rfsq.runtime.bundle.manifest import (
     ParityEntry,
 )
 from rfsq.runtime.bundle.modes import Mode
-from rfsq.runtime.policy.beliefs import problems_of
+from rfsq.runtime.policy.tensor_beliefs import problems_of
 
 #: What backends are compiled from, beside graphs, where the tables of a model fit into it.
 _SOURCES = {"c": C_SOURCE, "cuda": CUDA_SOURCE}

@@ -20,7 +20,7 @@ from ..bundle.errors import FingerprintError, InvalidInputError
 from ..bundle.paths import as_path
 from ..tokenizer import ActionTokenizer
 from .adapter_calls import CPU, FINGERPRINT_KEY, Engines
-from .beliefs import TensorBeliefs
+from .tensor_beliefs import TensorBeliefs
 from .tensors import checked_tensor
 
 
