@@ -227,7 +227,7 @@ class ChunkBeliefs:
             share = (share.unsqueeze(-1) * of_word[:, :, place].unsqueeze(-2)).flatten(-2)
         digits = (share @ self.digits).reshape(len(bits), blocks * BLOCK_VALUES, 3)[:, :num_values]
         digits = functional.pad(digits, (0, 0, 0, num_values - digits.shape[1]))
-        middles = torch.tensor([-2.0, 0.0, 2.0], dtype=bits.dtype, device=bits.device)
+        middles = 2 * torch.arange(3, dtype=bits.dtype, device=bits.device) - 2
         mean = (digits * middles).sum(-1)
         variance = (digits * (middles - mean.unsqueeze(-1)).square()).sum(-1)
         layers = min(MOST_BITS, -(-max(length - most * BLOCK_BITS, 0) // num_values))

@@ -11,7 +11,6 @@ import math
 import threading
 from typing import TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -218,7 +217,10 @@ def _sharpness(temperature: object, given: tuple[Tensor, ...], validator: Belief
     if not isinstance(temperature, Tensor):
         # Of the arrays it takes their shapes alone.
         found = validator.sharpness(temperature, cast(Given, given))
-        return torch.from_numpy(np.array(found)).to(given[0])
+        if isinstance(temperature, int | float):
+            # Filled, where a copy would wait for the GPU.
+            return given[0].new_full((size,), float(found[0]))
+        return torch.from_numpy(found).to(given[0])
     if tuple(temperature.shape) not in ((), (size,)) or not temperature.is_floating_point():
         raise InvalidInputError(
             f"temperature has shape {[*temperature.shape]} and type {temperature.dtype}; expected floats, one or "
