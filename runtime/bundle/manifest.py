@@ -64,8 +64,9 @@ class TensorEntry:
 class GraphEntry:
     """An ONNX file; prefix: the layers l that a decoder takes, or the most chunk tokens; L for the encoder.
 
-    A graph of the role `belief` decodes probabilities: there is one beside each decoder, in the form `gemm` alone, but
-    in bundles that were built before there were any, and those whose tokens do not decode on their own.
+    A graph of the role `belief` decodes probabilities: there is one beside each decoder, in the forms `gemm` and
+    `reduce`. Older bundles have them in `gemm` alone, or none at all, as those have whose tokens do not decode on their
+    own.
 
     form: how the linear layers are written: `gemm` for ONNX Runtime on the CPU, `gemm_marked` for it on the GPU,
     `reduce` for TensorRT (`export/graph_builder.py` says why).
@@ -191,10 +192,14 @@ class Manifest:
         decoders = (self.graph("decoder", prefix, form) for prefix in self.model.decoder_graphs)
         return (self.graph("encoder", self.model.depth, form), *decoders)
 
-    @property
-    def belief_graphs(self) -> tuple[GraphEntry, ...]:
-        """Those that decode probabilities, by ascending prefix; none where the bundle has none."""
-        return tuple(sorted((entry for entry in self.graphs if entry.role == "belief"), key=lambda entry: entry.prefix))
+    def belief_graphs_of(self, form: GraphForm) -> tuple[GraphEntry, ...]:
+        """Those that decode probabilities, by ascending prefix; none where the bundle has none of this form."""
+        found = (entry for entry in self.graphs if (entry.role, entry.form) == ("belief", form))
+        return tuple(sorted(found, key=lambda entry: entry.prefix))
+
+    def every_graph_of(self, form: GraphForm) -> tuple[GraphEntry, ...]:
+        """Those of `graphs_of`, then those of `belief_graphs_of`."""
+        return (*self.graphs_of(form), *self.belief_graphs_of(form))
 
 
 def graph_tensors(
