@@ -37,11 +37,14 @@ from examples.belief_policies import BelievingPolicy, ChunkPolicy, StepPolicy, l
 from examples.speculative_data import Eyes, Windows, cut_windows
 from rfsq.rfsq_ref.data import load_demonstrations, split_episodes
 from rfsq.runtime import ActionTokenizer, TokenizerError
+from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.console import aligned, escape_what_cannot_be_shown
 from rfsq.runtime.torch_adapter import ActionRFSQAE, ChunkTokenizer
 
 Adapter = ActionRFSQAE | ChunkTokenizer
 TOKENS, BOTH, ACTIONS = "tokens alone", "tokens and action error", "the actions themselves"
+#: Of the embedded demonstrations.
+ACTION_DIM = 7
 STEPS, QUICK_STEPS, BATCH, RATE = 1500, 30, 256, 1e-3
 
 
@@ -63,7 +66,7 @@ def main() -> int:
     parser.add_argument("--weight", type=float, default=30.0, help="of the action error; default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training; default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="default: 0")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, and every eighth window")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     try:
@@ -84,8 +87,8 @@ def run(options: argparse.Namespace) -> None:
     units, offset = (np.array(values, np.float32) for values in (model.action_units, model.action_offset))
     split = split_episodes(load_demonstrations())
     eyes = Eyes(model.chunk_length, units, offset, tuple(sorted(set(split.train.tasks))))
-    learnt = cut_windows(split.train, eyes, tokenizer, every=1)
-    held_out = cut_windows(split.validation, eyes, tokenizer, every=1)
+    learnt = cut_windows(split.train, eyes, tokenizer, every=8 if options.quick else 1)
+    held_out = cut_windows(split.validation, eyes, tokenizer, every=8 if options.quick else 1)
     print(f"tokens    {model.mode}, fingerprint {tokenizer.fingerprint[:16]}")
     print(f"learnt    {len(split.train.episodes)} episodes, {len(learnt)} windows")
     print(f"held out  {len(split.validation.episodes)} episodes, {len(held_out)} windows")
@@ -111,8 +114,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def open_adapter(bundle: Path) -> Adapter:
+    """Raises TokenizerError for a bundle that does not speak of the demonstrations, by tokens alone."""
     with ActionTokenizer.load(bundle) as tokenizer:
-        is_chunk = not tokenizer.model.token_grid
+        model, is_chunk = tokenizer.model, not tokenizer.model.token_grid
+    if model.has_stats or model.action_dim != ACTION_DIM:
+        raise TokenizerError(
+            f"{bundle} has {model.action_dim} action dimensions and {model.mode} tokens; expected {ACTION_DIM}, and "
+            f"tokens that decode alone: {command('build')} makes such a bundle from the embedded demonstrations"
+        )
     return (ChunkTokenizer if is_chunk else ActionRFSQAE).from_bundle(bundle)
 
 
