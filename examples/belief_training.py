@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Training on action error through the tokenizer: a small policy whose loss is what its beliefs decode to.
 
-    python examples/belief_training.py build/chunk       chunk tokens: two minutes on one core
+    python examples/belief_training.py build/chunk       chunk tokens: some minutes on one core
     python examples/belief_training.py build/bundle      per-step tokens
     python examples/belief_training.py build/chunk --quick      in seconds, and worse
 
-The same policy is trained three times: on the cross-entropy of the recorded tokens, on that and the error of the
-actions that its beliefs decode to, and, as a yardstick, to say the actions themselves. All are judged on episodes that
+The same policy is trained on the cross-entropy of the recorded tokens, on that and the error of the actions that its
+beliefs decode to, by two weights, and, as a yardstick, to say the actions themselves. All are judged on episodes that
 none has seen. belief_policies.py has the policies, speculative_data.py what they see. The exit status is 0 where a run
 ends, 2 when nothing could be run.
 """
@@ -42,10 +42,10 @@ from rfsq.runtime.bundle.console import aligned, escape_what_cannot_be_shown
 from rfsq.runtime.torch_adapter import ActionRFSQAE, ChunkTokenizer
 
 Adapter = ActionRFSQAE | ChunkTokenizer
-TOKENS, BOTH, ACTIONS = "tokens alone", "tokens and action error", "the actions themselves"
+TOKENS, ACTIONS = "tokens alone", "the actions themselves"
 #: Of the embedded demonstrations.
 ACTION_DIM = 7
-STEPS, QUICK_STEPS, BATCH, RATE = 1500, 30, 256, 1e-3
+STEPS, QUICK_STEPS, BATCH, RATE = 600, 30, 256, 1e-3
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--tokens", type=int, default=8, metavar="L", help="chunk tokens said; default: %(default)s")
-    parser.add_argument("--weight", type=float, default=30.0, help="of the action error; default: %(default)s")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=[100, 1000], metavar="W", help="of the error; default: 100 1000"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training; default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="default: 0")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, and every eighth window")
@@ -93,9 +95,10 @@ def run(options: argparse.Namespace) -> None:
     print(f"learnt    {len(split.train.episodes)} episodes, {len(learnt)} windows")
     print(f"held out  {len(split.validation.episodes)} episodes, {len(held_out)} windows")
     steps, scale = QUICK_STEPS if options.quick else options.steps, torch.from_numpy(units)
-    found: dict[str, list[Judged]] = {TOKENS: [], BOTH: [], ACTIONS: []}
+    weights = {TOKENS: 0.0, **{f"tokens, and {weight:g} x action error": weight for weight in options.weights}}
+    found: dict[str, list[Judged]] = {kind: [] for kind in (*weights, ACTIONS)}
     for seed in options.seeds:
-        for kind, weight in ((TOKENS, 0.0), (BOTH, options.weight)):
+        for kind, weight in weights.items():
             begin = time.monotonic()
             torch.manual_seed(seed)
             policy = policy_for(tokenizer, eyes.size, options.tokens)

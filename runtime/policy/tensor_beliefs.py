@@ -92,12 +92,9 @@ class TensorBeliefs:
                 raise InvalidInputError(f"a tuple of {len(value)} was given; expected the pair of classes and bits")
             return _pair(_floats("classes", value[0]), _floats("bits", value[1]), model)
         given = _floats(name, value)
-        latents = model.token_grid[1:]
-        shape = tuple(given.shape)
-        if len(shape) < 2 + len(model.token_grid) or (*shape[-2 - len(latents) : -2], shape[-1]) != (
-            *latents,
-            model.vocabulary,
-        ):
+        latents, shape = model.token_grid[1:], tuple(given.shape)
+        expected = (*latents, *shape[-2:-1], model.vocabulary)
+        if len(shape) < 2 + len(model.token_grid) or shape[-len(expected) :] != expected:
             letters = f"..., T, {latents[0]}, l" if latents else "..., l"
             pair = ""
             if isinstance(model, ChunkModel):

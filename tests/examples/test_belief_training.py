@@ -79,11 +79,11 @@ def test_a_table_has_a_row_for_each_way_of_training() -> None:
 
 @pytest.mark.slow
 def test_a_quick_run_trains_and_judges_all_of_them(bundle: Path) -> None:
-    command = [sys.executable, "examples/belief_training.py", str(bundle), "--quick"]
+    command = [sys.executable, "examples/belief_training.py", str(bundle), "--quick", "--weights", "10"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "no claim about a large one" in found.stdout
-    for kind, columns in (("tokens alone", 3), ("tokens and action error", 3), ("the actions themselves", 1)):
+    for kind, columns in (("tokens alone", 3), ("tokens, and 10 x action error", 3), ("the actions themselves", 1)):
         (row,) = re.findall(rf"^{kind} +(.+)$", found.stdout, re.MULTILINE)
         values = [float(value) for value in row.split()]
         assert len(values) == columns
