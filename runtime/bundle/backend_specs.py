@@ -93,6 +93,7 @@ _SPECS = (
         packages=("cuda",),
         extras=("gpu",),
         is_on_gpu=True,
+        decodes_beliefs=True,
     ),
     BackendSpec(
         "tensorrt-rtx",

@@ -236,6 +236,34 @@ def kernel_name(prefix: int | None, token_type: str, kind: KernelKind) -> str:
     return f"{role}_{token_type}_{kind}"
 
 
+#: How a call of a kernel of beliefs takes what is given: bits of its terms. Blocks of chunk tokens wait for others, and
+#: take turns where not all of them run at once.
+IS_LOGITS, KEEPS_MODE, TAKES_TURNS = 1, 2, 4
+#: Bytes before the first slot of what blocks of chunk tokens tell each other.
+BELIEF_HEADER_BYTES = 16
+
+
+def belief_kernel_name(form: int | Literal["words", "bits"], slot_bytes: int = 0) -> str:
+    """What they call the kernel that decodes beliefs. form: the prefix of per-step tokens, or what is given of chunk
+    tokens.
+
+    slot_bytes: see `belief_slot_bytes`; in the name, as sizes are in that of `sorter_name`.
+    """
+    return f"decode_beliefs_l{form}" if isinstance(form, int) else f"decode_beliefs_{form}_{slot_bytes}"
+
+
+def belief_slot_bytes(num_values: int, num_classes: int, num_bits: int) -> int:
+    """Of the GPU's memory that blocks use to tell each other of a chunk: its bits, and what each class decodes to.
+
+    num_values: T * A; num_classes: C; num_bits: of all tokens.
+    """
+
+    def padded(count: int) -> int:
+        return -(-count // 4) * 4
+
+    return 4 * (4 + padded(num_bits) + 2 * num_classes * padded(num_values))
+
+
 def sorter_name(prefix: int, token_type: str) -> str:
     """What they call the kernel that sorts chunks by class for a decoder of many.
 

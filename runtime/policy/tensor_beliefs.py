@@ -30,6 +30,7 @@ from ..bundle.manifest import DECODING_NAME, GOLDEN_NAME
 from ..bundle.models import ChunkModel, StepModel
 from ..bundle.probabilities import Given
 from .adapter_calls import Engines, uncompiled
+from .belief_tensors import tensor_of
 from .chunk_beliefs import ChunkBeliefs
 from .step_beliefs import StepBeliefs
 from .tensors import checked_tensor, runs_on_numbers
@@ -69,7 +70,7 @@ class TensorBeliefs:
         if generator is not None and mode != "sample":
             raise InvalidInputError(f"a generator was given, and mode {mode!r} draws nothing; leave it out")
         validator = BeliefValidator(self._model)
-        given, leading = self._given(value, is_logits=is_logits)
+        given, leading = self._given(value, validator, is_logits=is_logits)
         if given[0].is_cpu and runs_on_numbers():
             validator.check_values(_arrays(given), is_logits=is_logits)
         precise = torch.float64 if any(part.dtype is torch.float64 for part in given) else torch.float32
@@ -83,14 +84,14 @@ class TensorBeliefs:
         parts = (found.actions, found.std, found.mode_probability, found.mode)
         return Belief(*(part.reshape((*leading, *part.shape[1:])) for part in parts))
 
-    def _given(self, value: object, *, is_logits: bool) -> tuple[tuple[Tensor, ...], torch.Size]:
+    def _given(
+        self, value: object, validator: BeliefValidator, *, is_logits: bool
+    ) -> tuple[tuple[Tensor, ...], torch.Size]:
         """Distributions [..., T, D, l, K] as they are, [..., l, V] or the pair [..., C] and [..., n] as [B, ...]; and
         the leading axes of chunks."""
         model, name = self._model, "logits" if is_logits else "probabilities"
-        if isinstance(value, tuple) and isinstance(model, ChunkModel):
-            if len(value) != 2:
-                raise InvalidInputError(f"a tuple of {len(value)} was given; expected the pair of classes and bits")
-            return _pair(_floats("classes", value[0]), _floats("bits", value[1]), model)
+        if isinstance(value, tuple) and validator.is_pair(name, value):
+            return _pair(_floats("classes", value[0]), _floats("bits", value[1]), cast(ChunkModel, model))
         given = _floats(name, value)
         latents, shape = model.token_grid[1:], tuple(given.shape)
         expected = (*latents, *shape[-2:-1], model.vocabulary)
@@ -217,7 +218,7 @@ def _sharpness(temperature: object, given: tuple[Tensor, ...], validator: Belief
         if isinstance(temperature, int | float):
             # Filled, where a copy would wait for the GPU.
             return given[0].new_full((size,), float(found[0]))
-        return torch.from_numpy(found).to(given[0])
+        return tensor_of(found, given[0])
     if tuple(temperature.shape) not in ((), (size,)) or not temperature.is_floating_point():
         raise InvalidInputError(
             f"temperature has shape {[*temperature.shape]} and type {temperature.dtype}; expected floats, one or "
