@@ -181,16 +181,16 @@ def table(found: Mapping[str, Sequence[Judged]]) -> list[list[str]]:
     rows = [["trained on", "action MSE, believed", "of the likeliest tokens", "within one std"]]
     for kind, judged in found.items():
         columns = zip(*((one.believed, one.likeliest, 100 * one.within) for one in judged), strict=True)
-        rows.append([kind, *map(spread, columns)])
+        rows.append([kind, *map(spread, columns, (4, 4, 1))])
     return rows
 
 
-def spread(values: Sequence[float]) -> str:
-    """The mean, and half of the range where there are several."""
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and half of the range where there are several; empty for NaN."""
     mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
     if math.isnan(mean):
         return ""
-    return f"{mean:.3g}" + (f" ± {half:.2g}" if len(values) > 1 else "")
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

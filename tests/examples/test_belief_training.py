@@ -73,8 +73,11 @@ def test_the_likeliest_tokens_are_those_that_decode_to_what_is_compared(
 
 def test_a_table_has_a_row_for_each_way_of_training() -> None:
     found = {"one": [Judged(0.1, 0.2, 0.5), Judged(0.3, 0.2, 0.7)], "other": [Judged(0.25, math.nan, math.nan)]}
-    assert table(found)[1:] == [["one", "0.2 ± 0.1", "0.2 ± 0", "60 ± 10"], ["other", "0.25", "", ""]]
-    assert spread([0.123456]) == "0.123"
+    assert table(found)[1:] == [
+        ["one", "0.2000 ± 0.1000", "0.2000 ± 0.0000", "60.0 ± 10.0"],
+        ["other", "0.2500", "", ""],
+    ]
+    assert spread([0.123456], 3) == "0.123"
 
 
 @pytest.mark.slow
