@@ -147,7 +147,8 @@ class TrtProgram:
         wanted = (shape, tuple(addresses))
         if wanted == self._bound:
             return
-        context, self._bound = self._context, None
+        context, has_memory = self._context, self._bound is not None and self._bound[0] == shape
+        self._bound = None
         with self._api.collect_messages() as messages:
             is_bound = all(
                 context.set_input_shape(tensor.name, tensor.shape_of(shape[0], shape[-1])) for tensor in self._inputs
@@ -156,7 +157,8 @@ class TrtProgram:
             )
         if not is_bound:
             raise InferenceError(f"{self._api.tag} refuses an input of shape {list(shape)}: {quote(messages)}")
-        self._give_memory()
+        if not has_memory:
+            self._give_memory()
         self._bound = wanted
 
     def _give_memory(self) -> None:
