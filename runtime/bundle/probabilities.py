@@ -7,7 +7,6 @@ code bits [B, n]. Either way they are taken apart into classes and bits: given t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -131,16 +130,14 @@ def chunk_probabilities(
     if len(given) == 2:
         return _of_pair(given, sharpness, model, is_logits=is_logits)
     words = distributions(given[0], sharpness, is_logits=is_logits)
-    digits = _digits(model.token_bits)
-    first_digits = digits[: model.vocabulary >> model.class_bits, :, model.class_bits :]
     by_class = _by_class(words[:, 0], model)
     classes = by_class.sum(axis=2)
     # Of a class that cannot be nothing is known.
     share = np.full_like(by_class, 1 / by_class.shape[2])
     np.divide(by_class, classes[..., None], out=share, where=classes[..., None] > 0)
-    first = _zeros_and_ones(share, first_digits)
+    first = _zeros_and_ones(share)
     behind = words.shape[1] - 1
-    rest = _zeros_and_ones(words[:, 1:], digits).swapaxes(1, 2).reshape(len(words), 2, behind * model.token_bits)
+    rest = _zeros_and_ones(words[:, 1:]).swapaxes(1, 2).reshape(len(words), 2, behind * model.token_bits)
     return ChunkProbabilities(classes, first, rest)
 
 
@@ -185,16 +182,15 @@ def _by_class(words: Float64Array, model: ChunkModel) -> Float64Array:
     return np.concatenate((by_number[:, :escape], by_number[:, escape:].sum(axis=1, keepdims=True)), axis=1)
 
 
-@cache
-def _digits(token_bits: int) -> Float64Array:
-    """Of every word whether each bit is 0, and whether it is 1, the highest first: [V, 2, token_bits]."""
-    ones = np.arange(1 << token_bits)[:, None] >> np.arange(token_bits - 1, -1, -1) & 1
-    digits = np.stack((1 - ones, ones), axis=1).astype(np.float64)
-    digits.flags.writeable = False
-    return digits
+def _zeros_and_ones(words: Float64Array) -> Float64Array:
+    """Of distributions [B, l, 2^n] over numbers that each of their bits is 0, and 1, the highest first: [B, l, 2, n].
 
-
-def _zeros_and_ones(words: Float64Array, digits: Float64Array) -> Float64Array:
-    """Of distributions [B, l, words] that each bit of the word is 0, and 1: [B, l, 2, bits]."""
-    found = words @ digits.reshape(len(digits), -1)
-    return found.reshape(*words.shape[:2], *digits.shape[1:])
+    By sums and not by a product of matrices, for which a library may start threads that a control loop waits for.
+    """
+    batch, length, count = words.shape
+    found = np.empty((batch, length, 2, count.bit_length() - 1))
+    for place in range(found.shape[3]):
+        halves = words.reshape(batch, length, 2, words.shape[2] // 2)
+        halves.sum(axis=3, out=found[..., place])
+        words = halves[:, :, 0] + halves[:, :, 1]
+    return found
