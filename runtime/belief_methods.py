@@ -67,19 +67,23 @@ class DecodesProbabilities(ABC):
         """`decode_probabilities` of the softmax of logits, and of the sigmoid of bits' logits."""
         return self._beliefs().decode(logits, mode, temperature, seed, is_logits=True)
 
-    # What is given, three arrays to write into, and how.
+    # What is given, four arrays to write into, and how.
     def decode_probabilities_into(  # noqa: PLR0913
         self,
         p: object,
         out: object,
         std_out: object | None = None,
         mode_probability_out: object | None = None,
+        mode_out: object | None = None,
         *,
         mode: BeliefMode = "expected",
         temperature: object = 1.0,
     ) -> None:
-        """Like `decode_probabilities`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B]."""
-        outputs = out, std_out, mode_probability_out
+        """Like `decode_probabilities`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B].
+
+        mode_out: int32 [B], or [B, T, D, c] of per-step tokens. Any but the first may be None.
+        """
+        outputs = out, std_out, mode_probability_out, mode_out
         self._beliefs().decode_into(p, outputs, mode, temperature, is_logits=False)
 
     def decode_logits_into(  # noqa: PLR0913  # as above
@@ -88,10 +92,14 @@ class DecodesProbabilities(ABC):
         out: object,
         std_out: object | None = None,
         mode_probability_out: object | None = None,
+        mode_out: object | None = None,
         *,
         mode: BeliefMode = "expected",
         temperature: object = 1.0,
     ) -> None:
-        """Like `decode_logits`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B]."""
-        outputs = out, std_out, mode_probability_out
+        """Like `decode_logits`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B].
+
+        mode_out: int32 [B], or [B, T, D, c] of per-step tokens. Any but the first may be None.
+        """
+        outputs = out, std_out, mode_probability_out, mode_out
         self._beliefs().decode_into(logits, outputs, mode, temperature, is_logits=True)

@@ -28,8 +28,8 @@ from .bundle.probabilities import (
 )
 from .bundle.validation import CheckedPair, InputValidator
 
-#: Actions, std and the mode's probability, as a caller passes them: the last two may be None.
-Outputs = tuple[object, object, object]
+#: Actions, std, the mode's probability and the mode, as a caller passes them: all but the first may be None.
+Outputs = tuple[object, object, object, object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +82,10 @@ class BeliefDecoder:
         """See `ActionTokenizer.decode_probabilities_into`."""
         is_pair = isinstance(value, tuple)
         held, given = self._held, cast(tuple[Any, ...], value if is_pair else (value,))
-        terms = (is_logits, mode, temperature, outputs[1] is None, outputs[2] is None, is_pair and len(given))
+        unwanted = tuple([out is None for out in outputs])
+        terms = (is_logits, mode, temperature, unwanted, is_pair and len(given))
         # Others, such as arrays, compare by rules of their own.
-        is_plain = type(temperature) is float and type(mode) is str
+        is_plain = type(mode) is str and (type(temperature) is float or _are_floats(temperature))
         if held is not None and is_plain and held.terms == terms and held.is_of(given, outputs):
             # Their forms were checked a call ago.
             question = BeliefQuestion(given, held.sharpness, held.is_logits, held.keeps_mode, self._coarse)
@@ -110,16 +111,17 @@ class BeliefDecoder:
         return BeliefQuestion(given, sharpness, is_logits, mode == "likeliest mode", self._coarse)
 
     def _checked(self, given: Given, outputs: Outputs, batch: int) -> BeliefAnswer:
-        """Arrays that can be written into; the last two, where they are wanted."""
-        actions = self._model.actions_shape(batch)
-        named = zip(("out", "std_out", "mode_probability_out"), outputs, (actions, actions, (batch,)), strict=True)
-        found: list[Float32Array | None] = []
-        for place, (name, out, shape) in enumerate(named):
-            if out is None and place:
+        """Arrays that can be written into; all but the first, where they are wanted."""
+        actions, names = self._model.actions_shape(batch), ("out", "std_out", "mode_probability_out", "mode_out")
+        shapes = actions, actions, (batch,), mode_shape(self._model, batch)
+        found: list[AnyArray | None] = []
+        for name, out, shape in zip(names, outputs, shapes, strict=True):
+            if out is None and found:
                 found.append(None)
             else:
                 others = (array for array in found if array is not None)
-                found.append(self._outputs.output(name, out, np.float32, shape, *given, *others))
+                kind = np.int32 if name == "mode_out" else np.float32
+                found.append(self._outputs.output(name, out, kind, shape, *given, *others))
         return BeliefAnswer(*found)  # type: ignore[arg-type]  # the first is never None
 
     def _asked(self, question: BeliefQuestion) -> Belief[AnyArray]:
@@ -179,6 +181,10 @@ class BeliefDecoder:
             tokens = tokens_of(mode, random.random(ones.shape) < ones, model)
         known = one_hot(mode, model.num_classes), ones.astype(np.float32)
         return tokens, mode, found.classes.max(axis=1), known
+
+
+def _are_floats(temperature: object) -> bool:
+    return type(temperature) is tuple and set(map(type, temperature)) == {float}
 
 
 def _paired(given: tuple[Any, ...], outputs: Outputs) -> list[tuple[Any, Any]]:
