@@ -17,11 +17,11 @@ from rfsq.runtime import ActionTokenizer, ControlDecoder, Status
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.errors import BackendUnavailableError, InferenceError
 from rfsq.runtime.bundle.folder import open_bundle
-from rfsq.runtime.control.chain import Retrier
 from rfsq.runtime.control.config import OnFault, Strategy
 from rfsq.runtime.control.guard import ActionGuard
 from rfsq.runtime.control.queue import ActionQueue
 from rfsq.runtime.control.tick_log import Reporter
+from rfsq.runtime.control.worker import Retrier
 from rfsq.runtime.qualification import campaign as fault_campaign
 from rfsq.runtime.qualification import system as fault_system
 from rfsq.runtime.qualification.campaign import SETUPS, main, nan_backends_of, run_campaign

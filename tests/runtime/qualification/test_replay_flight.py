@@ -27,6 +27,7 @@ class Flight:
     def __init__(self, tokenizer: ActionTokenizer, folder: Path, **changes: Any) -> None:
         self.tokenizer, self.path = tokenizer, folder / "flight.npz"
         self.tokens, self.stats, _ = chunks_of(tokenizer, 16)
+        self.takes_beliefs = "beliefs" in changes
         self.rng, self.clock, self.sequence = np.random.default_rng(0), Clock(), 0
         broken, self.backend = switched(tokenizer)
         self.decoder = loop(broken, clock=self.clock, **{"record_ticks": 400, **changes})
@@ -41,6 +42,14 @@ class Flight:
         index = int(self.rng.integers(16))
         self.sequence += 1
         return self._send(index, layers, {"sequence": self.sequence, "observed_ns": self._observed(delay), **options})
+
+    def believe(self, doubt: float = 0.0, **options: Any) -> Status:
+        """The next chunk, as logits; doubt: 0 for what is certain, 1 for nothing known."""
+        index, model = int(self.rng.integers(16)), self.tokenizer.model
+        self.sequence += 1
+        logits = 50 * (1 - doubt) * (np.arange(model.vocabulary) == self.tokens[index][..., None])
+        options = {"sequence": self.sequence, "observed_ns": self._observed(0), **options}
+        return self.tick(logits=logits.astype(np.float32), **options)
 
     def swap(self) -> tuple[Status, Status]:
         """A draft, and on the next tick its full decode."""
@@ -87,11 +96,29 @@ class Flight:
             self.clock_fails,
             self.decoder.reset,
         ]
+        if self.takes_beliefs:
+            wrong += [
+                self.believe,
+                lambda: self.believe(1.0),
+                lambda: self.believe(0.96),
+                lambda: self.believe(np.nan),
+                lambda: self.believe(sequence=self.sequence - 2),
+                lambda: self.tick(tokens, probabilities=tokens),
+                lambda: self.tick(logits=tokens),
+                lambda: self.belief_fails(fails),
+                lambda: self.belief_fails(lambda actions: actions.fill(np.nan)),
+                lambda: self.belief_fails(lambda actions: actions.fill(1e6)),
+            ] * 2
         wrong[int(self.rng.integers(len(wrong)))]()
 
     def backend_fails(self, act: Callable[[Any], None]) -> None:
         self.backend.act = act
         self.chunk()
+        self.backend.act = None
+
+    def belief_fails(self, act: Callable[[Any], None]) -> None:
+        self.backend.act = act
+        self.believe()
         self.backend.act = None
 
     def take_long(self, actions: Any) -> None:
@@ -164,7 +191,14 @@ def test_a_tick_without_a_clock_right_after_a_start_counts_for_those_after_it(
 
 @STRATEGIES
 @pytest.mark.parametrize(
-    "changes", [{}, {"out_of_range": "limit"}, {"on_fault": "stop"}, {"max_consecutive_faults": 2}]
+    "changes",
+    [
+        {},
+        {"out_of_range": "limit", "beliefs": {"least_mode_probability": 0.9, "leave_ticks": 3}},
+        {"beliefs": {"mode": "likeliest mode", "std_limit": 1e-3, "when_uncertain": "slow"}},
+        {"on_fault": "stop"},
+        {"max_consecutive_faults": 2, "beliefs": {"least_mode_probability": 0.9, "when_uncertain": "ask"}},
+    ],
 )
 @pytest.mark.parametrize("has_chunk_tokens", [False, True])
 def test_a_flight_with_faults_of_every_kind_is_replayed(
@@ -196,9 +230,13 @@ def test_a_flight_with_faults_of_every_kind_is_replayed(
     assert differences == []
     # All that were asked for; those before serve to fill the queue.
     assert compared >= 400 - int(((record.columns["flags"] & RESET) != 0).sum())
-    if not changes:
-        assert statuses == set(Status)
-    assert bool((record.columns["flags"] & LATCHED).any()) is ("out_of_range" not in changes and bool(changes))
+    if changes.keys() <= {"beliefs"}:
+        assert statuses == set(Status) - ({Status.UNCERTAIN} if not changes else set())
+    if "beliefs" in changes:
+        assert Status.UNCERTAIN in statuses
+    assert bool((record.columns["flags"] & LATCHED).any()) is bool(
+        {"on_fault", "max_consecutive_faults"} & changes.keys()
+    )
 
 
 def test_a_record_without_a_tolerance_is_replayed_without_one(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
