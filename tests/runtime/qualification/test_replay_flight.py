@@ -282,8 +282,17 @@ def test_a_ring_that_has_wrapped_keeps_the_latch(tokenizer: ActionTokenizer, tmp
 
 
 def _first(record: FlightRecord, count: int) -> FlightRecord:
-    columns = {name: column[:count] for name, column in record.columns.items()}
-    return FlightRecord(record.meta, columns, record.actions[:count], record.tokens[:count], record.stats[:count])
+    columns, beliefs = (
+        {name: rows[:count] for name, rows in named.items()} for named in (record.columns, record.beliefs)
+    )
+    arrays = record.actions[:count], record.tokens[:count], record.stats[:count]
+    return FlightRecord(record.meta, columns, *arrays, beliefs)
+
+
+def _arrays(record: FlightRecord) -> dict[str, Any]:
+    """As a file has them."""
+    named = {"actions": record.actions, "tokens": record.tokens, "stats": record.stats}
+    return {**record.columns, **named, **record.beliefs}
 
 
 @pytest.mark.parametrize("kind", ["refused chunk", "late", "backend", "clock", "run out", "latched"])
@@ -327,6 +336,44 @@ def test_a_backend_that_gave_something_else_is_found(tokenizer: ActionTokenizer,
     assert "; replayed OK [" in difference
 
 
+@pytest.mark.parametrize("when_uncertain", ["hold", "slow", "ask"])
+def test_beliefs_are_judged_again_from_what_they_decoded_to(
+    either_tokenizer: ActionTokenizer, tmp_path: Path, when_uncertain: str
+) -> None:
+    beliefs = {"least_mode_probability": 0.9, "when_uncertain": when_uncertain, "leave_ticks": 3, "temperature": 0.5}
+    flight = Flight(either_tokenizer, tmp_path, beliefs=beliefs)
+    uncertain = [flight.believe(doubt) is Status.UNCERTAIN for doubt in (0, 1, 0, 0, 0, 0, 1)]
+    assert uncertain == [False, True, True, True, False, False, True]
+    model, record = either_tokenizer.model, flight.record()
+    assert replay_flight(record, either_tokenizer) == (7, [])
+    # As wide as what came: 0 for the mode of the first, and nothing is known of the last.
+    assert record.beliefs["chunks"].shape == (8, model.chunk_length * model.action_dim)
+    np.testing.assert_allclose(record.beliefs["mode_probability"][[1, 3]], 1, atol=1e-3)
+    assert (record.beliefs["mode_probability"][[2, 7]] < 0.9).all()
+    assert (record.beliefs["std"][1] < record.beliefs["std"][2]).all()
+    whole = either_tokenizer.encode(either_tokenizer.decode(flight.tokens[0]))
+    assert record.beliefs["mode"].shape[1] == (
+        np.prod(whole.shape[1:-1]) * model.prefixes[0] if model.token_grid else 1
+    )
+    # With more doubt before it, it would have been uncertain.
+    columns = {name: column.copy() for name, column in record.columns.items()}
+    columns["doubt"][4] = 3
+    (difference,) = replay_flight(replace(record, columns=columns), either_tokenizer)[1]
+    assert difference.startswith("tick 5: recorded OK")
+    assert "; replayed UNCERTAIN" in difference
+
+
+def test_a_record_of_a_loop_that_knew_no_beliefs_is_replayed(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    flight = Flight(tokenizer, tmp_path)
+    for _ in range(10):
+        flight.chunk()
+    record = flight.record()
+    names = {"doubt", *record.beliefs}
+    arrays = {name: rows for name, rows in _arrays(record).items() if name not in names}
+    write_record(tmp_path / "before.npz", arrays, {**record.meta, "schema": 2})
+    assert replay_flight(read_record(tmp_path / "before.npz"), tokenizer) == (10, [])
+
+
 def test_statuses_that_were_altered_are_found(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
     flight = Flight(tokenizer, tmp_path)
     for _ in range(10):
@@ -358,8 +405,7 @@ def test_the_command_says_what_differs(
     )
     altered = tmp_path / "altered.npz"
     found = _altered(record, 7)
-    arrays = {**found.columns, "actions": found.actions, "tokens": found.tokens, "stats": found.stats}
-    write_record(altered, arrays, found.meta)
+    write_record(altered, _arrays(found), found.meta)
     assert main([str(bundle), str(altered)]) == 1
     out = capsys.readouterr().out
     assert out.startswith("tick 7: recorded OK")
