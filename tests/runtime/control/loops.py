@@ -184,7 +184,14 @@ class ScriptedLoop:
 
     LENGTH, DRAFT, FULL = 4, 2, 3
 
-    def __init__(self, *, fallbacks: int = 0, recipe: Recipe | ChunkRecipe | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        *,
+        fallbacks: int = 0,
+        recipe: Recipe | ChunkRecipe | None = None,
+        position: tuple[float, ...] | None = None,
+        **changes: Any,
+    ) -> None:
         recipe = recipe or Recipe(chunk_length=self.LENGTH)
         tokenizer, self.backend = scripted(recipe)
         self.model = tokenizer.model
@@ -197,7 +204,7 @@ class ScriptedLoop:
         }
         self.config = ControlConfig(**values)
         spares = tuple(spare for spare, _ in self.spares)
-        self.decoder = ControlDecoder(tokenizer, self.config, fallbacks=spares, clock=self.clock)
+        self.decoder = ControlDecoder(tokenizer, self.config, fallbacks=spares, position=position, clock=self.clock)
         self.decoder.warmup()
 
     def __enter__(self) -> ScriptedLoop:
