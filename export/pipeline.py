@@ -15,7 +15,6 @@ from rfsq.export.chunk_tokens import load_chunk_tokens
 from rfsq.export.deployable import Deployable
 from rfsq.export.engines import EngineSources, compilable, compile_engines, require_means
 from rfsq.export.errors import GateError, SourceTooLargeError, require_none
-from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import closing_tables, cross_check, golden_vectors, prove
 from rfsq.export.progress import Phase, phase
 from rfsq.export.proving import seal_proven
@@ -161,9 +160,7 @@ def _examine(
 
 
 def _compile(config: BuildConfig, draft: Manifest, staged: StagedBundle) -> tuple[EngineEntry, ...]:
-    sources = EngineSources(
-        staged, staged.content, draft.graphs_of(LinearForm.REDUCE.value), config.profile, config.compute_capabilities
-    )
+    sources = EngineSources(staged, staged.content, draft, config.profile, config.compute_capabilities)
     chosen = config.backends
     if chosen is None:
         chosen, reasons = compilable(to_run=False)

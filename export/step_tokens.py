@@ -16,7 +16,7 @@ from rfsq.export.cuda_source import cuda_tokenizer
 from rfsq.export.deployable import checked_graph
 from rfsq.export.errors import BuildInputError
 from rfsq.export.fingerprint import fingerprint
-from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.plan import (
     DecoderPlan,
@@ -87,16 +87,16 @@ class StepTokens:
         }
 
     def graphs(self) -> Sequence[tuple[GraphEntry, bytes]]:
-        """The encoder and one decoder for each prefix, in every form, and one of probabilities. Raises GateError where
-        one is not sound."""
+        """The encoder and one decoder for each prefix, in every form, and those of probabilities. Raises GateError
+        where one is not sound."""
         model, found = self.model, []
         for form in LinearForm:
             found.append(checked_graph(model, "encoder", model.depth, form, encoder_graph(self._encoder, form)))
             for decoder in self._decoders:
                 found.append(checked_graph(model, "decoder", decoder.prefix, form, decoder_graph(decoder, form)))
-        for decoder in self._decoders if not model.has_stats else ():
-            content = belief_graph(decoder)
-            found.append(checked_graph(model, "belief", decoder.prefix, LinearForm.GEMM, content))
+        for form in BELIEF_FORMS if not model.has_stats else ():
+            for decoder in self._decoders:
+                found.append(checked_graph(model, "belief", decoder.prefix, form, belief_graph(decoder, form)))
         return found
 
     def c_source(self) -> CTokenizer:

@@ -395,5 +395,6 @@ _OPENED = frozenset(
     {
         *("_manifest", "_model", "golden", "_backend", "_validator", "_unchecked_chunks"),
         *("_encoded", "_decoded", "_last_encoded", "_last_decoded", "_gpu_calls", "_is_closed", "_belief_decoder"),
+        "_gpu_belief_calls",
     }
 )

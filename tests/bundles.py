@@ -17,7 +17,7 @@ from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.c_builder import compile_c
 from rfsq.export.c_source import CTokenizer, c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
-from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.plan import (
     DecoderPlan,
@@ -189,8 +189,8 @@ def export_graphs(deployed: Deployed) -> dict[str, bytes]:
         for prefix in deployed.prefixes:
             decoder = plan_decoder(model, recipe.mode, recipe.chunk_length, prefix)
             graphs[graph_file(_decoder_file(deployed, prefix), form)] = decoder_graph(decoder, form)
-            if _has_beliefs(recipe):
-                graphs[_belief_file(deployed, prefix)] = belief_graph(decoder)
+            if _has_beliefs(recipe) and form in BELIEF_FORMS:
+                graphs[graph_file(_belief_file(deployed, prefix), form)] = belief_graph(decoder, form)
     return graphs
 
 
@@ -292,8 +292,13 @@ def make_manifest(deployed: Deployed) -> Manifest:
     if _has_beliefs(recipe):
         graphs += [
             GraphEntry(
-                _belief_file(deployed, prefix), "belief", prefix, "gemm", *graph_tensors(entry, "belief", prefix)
+                graph_file(_belief_file(deployed, prefix), form),
+                "belief",
+                prefix,
+                form.value,
+                *graph_tensors(entry, "belief", prefix),
             )
+            for form in BELIEF_FORMS
             for prefix in entry.prefixes
         ]
     return Manifest(

@@ -35,11 +35,19 @@ class BeliefValidator:
 
         unchecked: up to so many chunks the backend checks the values. Raises InvalidInputError, UnbuiltPrefixError.
         """
-        model, name = self._model, "logits" if is_logits else "probabilities"
-        if isinstance(model, ChunkModel) and isinstance(value, tuple):
-            given = self._pair(value)
+        name = "logits" if is_logits else "probabilities"
+        given: Given
+        if self.is_pair(name, value):
+            parts = cast(tuple[object, ...], value)
+            classes, bits = (
+                as_plain_array(part, array) for part, array in zip(("classes", "bits"), parts, strict=True)
+            )
+            self.check_pair(classes.shape, bits.shape)
+            given = _ready("classes", classes), _ready("bits", bits)
         else:
-            given = (self._distributions(name, value),)
+            array = as_plain_array(name, value)
+            self.check_distributions(name, array.shape)
+            given = (_ready(name, array),)
         if len(given[0]) > unchecked:
             self.check_values(given, is_logits=is_logits)
         return given
@@ -80,56 +88,58 @@ class BeliefValidator:
             )
         return np.ascontiguousarray(np.broadcast_to(sharpness, (size,)))
 
-    def _distributions(self, name: str, value: object) -> Float32Array:
-        model = self._model
+    def is_pair(self, name: str, value: object) -> bool:
+        """Whether classes and bits are given, not distributions. Raises InvalidInputError for what is neither."""
+        is_chunk = isinstance(self._model, ChunkModel)
         if isinstance(value, tuple):
-            raise InvalidInputError(
-                f"{name} are a tuple; expected one array [B, T, D, l, K]: a pair of classes and bits is for chunk "
-                f"tokens, and this bundle has {model.mode} tokens"
-            )
-        grid, words = model.token_grid, model.vocabulary
-        if not grid and isinstance(value, list):
+            if not is_chunk:
+                raise InvalidInputError(
+                    f"{name} are a tuple; expected one array [B, T, D, l, K]: a pair of classes and bits is for chunk "
+                    f"tokens, and this bundle has {self._model.mode} tokens"
+                )
+            if len(value) != 2:
+                raise InvalidInputError(f"a tuple of {len(value)} was given; expected the pair of classes and bits")
+            return True
+        if is_chunk and isinstance(value, list):
             raise InvalidInputError(
                 f"{name} are a list; expected a numpy.ndarray [B, l, V], or a pair as a tuple: (classes, bits)"
             )
-        array = as_plain_array(name, value)
-        if array.ndim != len(grid) + 3 or array.shape[1:-2] != grid or array.shape[-1] != words:
+        return False
+
+    def check_distributions(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises InvalidInputError, UnbuiltPrefixError."""
+        model = self._model
+        grid, words = model.token_grid, model.vocabulary
+        if len(shape) != len(grid) + 3 or shape[1:-2] != grid or shape[-1] != words:
             letters = "B, T, D, l, K" if grid else "B, l, V"
             sizes = ", ".join(["B", *map(str, grid), "l", str(words)])
             pair = "" if grid else f", or a pair of classes [B, {_num_classes(model)}] and bits [B, n]"
-            is_single = array.ndim == len(grid) + 2 and array.shape[:-2] == grid and array.shape[-1] == words
+            is_single = len(shape) == len(grid) + 2 and shape[:-2] == grid and shape[-1] == words
             hint = f"; for a single chunk pass {name}[None]" if is_single else ""
-            raise InvalidInputError(
-                f"{name} have shape {list(array.shape)}; expected [{letters}] = [{sizes}]{pair}{hint}"
-            )
-        if array.shape[-2] not in model.prefixes:
-            raise UnbuiltPrefixError(_unbuilt(name, array.shape, model))
-        return _ready(name, array)
+            raise InvalidInputError(f"{name} have shape {list(shape)}; expected [{letters}] = [{sizes}]{pair}{hint}")
+        if shape[-2] not in model.prefixes:
+            raise UnbuiltPrefixError(_unbuilt(name, shape, model))
 
-    def _pair(self, value: tuple[object, ...]) -> Given:
+    def check_pair(self, classes: tuple[int, ...], bits: tuple[int, ...]) -> None:
+        """Of their shapes. Raises InvalidInputError."""
         model = cast(ChunkModel, self._model)
-        if len(value) != 2:
-            raise InvalidInputError(f"a tuple of {len(value)} was given; expected the pair of classes and bits")
-        classes, bits = (as_plain_array(name, part) for name, part in zip(("classes", "bits"), value, strict=True))
-        if classes.ndim != 2 or classes.shape[1] != model.num_classes:
+        if len(classes) != 2 or classes[1] != model.num_classes:
             raise InvalidInputError(
-                f"classes have shape {list(classes.shape)}; expected [B, C] = [B, {model.num_classes}], the escape "
-                "class last"
+                f"classes have shape {list(classes)}; expected [B, C] = [B, {model.num_classes}], the escape class last"
             )
-        if bits.ndim != 2 or len(bits) != len(classes):
+        if len(bits) != 2 or bits[0] != classes[0]:
             raise InvalidInputError(
-                f"bits have shape {list(bits.shape)}; expected [B, n] = [{len(classes)}, n] beside classes of shape "
-                f"{list(classes.shape)}"
+                f"bits have shape {list(bits)}; expected [B, n] = [{classes[0]}, n] beside classes of shape "
+                f"{list(classes)}"
             )
-        num_bits, rest = bits.shape[1] + model.class_bits, (bits.shape[1] + model.class_bits) % model.token_bits
+        num_bits, rest = bits[1] + model.class_bits, (bits[1] + model.class_bits) % model.token_bits
         if rest or not 1 <= num_bits // model.token_bits <= model.num_tokens:
             least = model.token_bits - model.class_bits
             most = model.num_tokens * model.token_bits - model.class_bits
             raise InvalidInputError(
-                f"bits have shape {list(bits.shape)}; expected as many as l whole tokens have behind the class, "
+                f"bits have shape {list(bits)}; expected as many as l whole tokens have behind the class, "
                 f"{least} and then {model.token_bits} more for each further token, {most} at most"
             )
-        return _ready("classes", classes), _ready("bits", bits)
 
 
 def check_mode(mode: object, seed: object, *, can_draw: bool = True) -> None:

@@ -230,8 +230,9 @@ class Rig:
 
     def believed(self, probabilities: Float32Array) -> Chunk:
         """What probabilities of the tokens of one chunk mean, likewise."""
-        rows = self._tokenizer.decode_probabilities(probabilities).actions[0]
-        return Chunk(probabilities.argmax(axis=-1).astype(np.int32), None, rows.astype(np.float64))
+        actions = np.empty(self.model.actions_shape(1), np.float32)
+        self._tokenizer.decode_probabilities_into(probabilities, actions)
+        return Chunk(probabilities.argmax(axis=-1).astype(np.int32), None, actions[0].astype(np.float64))
 
     def certain(self, chunk: Chunk) -> Float32Array:
         """Probabilities of 0 and 1 that its tokens have."""

@@ -31,7 +31,7 @@ from rfsq.export.c_builder import find_compiler
 from rfsq.export.engines import Profile
 from rfsq.export.errors import GateError
 from rfsq.export.fingerprint import fingerprint
-from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.parity import closing_tables
 from rfsq.export.pipeline import build
 from rfsq.export.plan import DeployMode
@@ -191,7 +191,7 @@ def test_the_default_build_makes_a_bundle_that_a_robot_can_load(built: Built, to
     graphs = [
         graph_file(name, form) for name in ("encoder.onnx", "decoder.onnx", "decoder_l3.onnx") for form in LinearForm
     ]
-    graphs += ["belief.onnx", "belief_l3.onnx"]
+    graphs += [graph_file(name, form) for name in ("belief.onnx", "belief_l3.onnx") for form in BELIEF_FORMS]
     assert bundle_files(built.output) == sorted([*graphs, C_HEADER, C_SOURCE, CUDA_SOURCE, "golden.npz", MANIFEST_NAME])
     assert (manifest.model.mode, manifest.model.chunk_length, tokenizer.prefixes) == ("calibrated", 8, (3, 8))
     assert manifest.engines == ()
@@ -659,13 +659,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_engines(manifest: Manifest, folder: Path, profile: tuple[int, int, int], target: str) -> None:
-    assert [engine.source for engine in manifest.engines] == [graph.file for graph in manifest.graphs_of("reduce")]
-    for engine in manifest.engines:
+    graphs = manifest.every_graph_of("reduce")
+    assert [engine.source for engine in manifest.engines] == [graph.file for graph in graphs]
+    for graph, engine in zip(graphs, manifest.engines, strict=True):
         # Nothing here has run it: that is said, and not a word more.
         assert engine.status == "built"
         assert (engine.precision, engine.device, engine.kernel_cache) == ("not measured", "", "")
         assert re.fullmatch(r"inspected \((engine|network|none)\), not run", engine.detail)
-        assert engine.profile == profile
+        # Beliefs come from numpy in slices.
+        assert engine.profile == ((1, 1, 128) if graph.role == "belief" else profile)
         assert engine.source_sha256 == manifest.files[engine.source].sha256
         stem = engine.source.removeprefix("reduce/").removesuffix(".onnx")
         expected = f"engines/{engine.backend}-{engine.version}-{target}/{stem}-{engine.source_sha256[:12]}.engine"
@@ -890,7 +892,7 @@ def test_a_graph_of_beliefs_that_leaves_the_definition_ends_the_build(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     right = step_tokens.belief_graph
-    monkeypatch.setattr(step_tokens, "belief_graph", lambda plan: right(lean(plan)))
+    monkeypatch.setattr(step_tokens, "belief_graph", lambda plan, form: right(lean(plan), form))
     if not is_cross_checked:
         monkeypatch.setattr(pipeline, "cross_check", lambda *_: [])
     assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(small)]) == 1
