@@ -22,6 +22,8 @@ from .config import ControlConfig
 from .errors import ControlConfigError
 from .result import TickBelief
 
+# Bound names and positional `out`, as in the guard.
+_less_equal, _lowest, _highest = np.less_equal, np.minimum.reduce, np.maximum.reduce
 _Array = np.ndarray
 _FLOAT32 = np.dtype(np.float32)
 _LARGEST = float(np.finfo(np.float32).max)
@@ -167,7 +169,10 @@ class BeliefSlots:
     def is_finite(self) -> bool:
         """Whether `std` and the mode's probability are such."""
         # A NaN is the extreme of any array that holds one, and no comparison with it is true.
-        return bool(self.std.min() >= 0 and self.std.max() <= _LARGEST and 0 <= self.mode_probability[0] <= _MOST)
+        std = self.std
+        return bool(
+            _lowest(std, None) >= 0 and _highest(std, None) <= _LARGEST and 0 <= self.mode_probability[0] <= _MOST
+        )
 
 
 def _probe(shapes: _Shapes) -> GivenBelief:
@@ -224,8 +229,13 @@ class BeliefJudge:
         self._leave_ticks = config.leave_ticks
         self._std = np.zeros((model.chunk_length, model.action_dim), np.float32)
         self._mode, self._probability = np.zeros(mode_shape(model, 1)[1:], np.int32), 0.0
-        self._is_sure: list[bool] = []
-        self._is_surer: list[bool] = []
+        # Results of comparisons, compared as bytes.
+        self._within = bytearray(self._std.size)
+        self._is_within = np.frombuffer(self._within, np.bool_).reshape(self._std.shape)
+        self._all_within = b"\1" * self._std.size
+        self._all, self._none = [True] * len(self._std), [False] * len(self._std)
+        #: Of every row: whether it does not become uncertain, and whether it ends being so.
+        self._is_sure = self._is_surer = self._none
         #: Whether the chunk in service came as a belief: tokens do not say how sure they are.
         self.has_belief = False
 
@@ -238,9 +248,17 @@ class BeliefJudge:
         # An array of its own for each chunk: results refer to it.
         self._mode, self._probability = decoded.mode[0].copy(), float(decoded.mode_probability[0])
         # Where a number is NaN, nothing is sure.
-        self._is_sure = _all(self._std <= self._limit, self._probability >= self._least)
-        self._is_surer = _all(self._std <= self._leave, self._probability >= self._least_to_leave)
+        self._is_sure = self._rows_within(self._limit, self._least)
+        self._is_surer = self._rows_within(self._leave, self._least_to_leave)
         self.has_belief = True
+
+    def _rows_within(self, limit: Float32Array, least: float) -> list[bool]:
+        if not self._probability >= least:
+            return self._none
+        _less_equal(self._std, limit, self._is_within)
+        if self._within == self._all_within:
+            return self._all
+        return cast(list[bool], self._is_within.all(axis=1).tolist())
 
     def believed(self, row: int) -> TickBelief:
         """Of this row of the chunk."""
@@ -267,12 +285,6 @@ class BeliefJudge:
             f"std of dimension {index} is {self._std[row, index]:.3g}; expected at most {self._limit[row, index]:.3g} "
             "(std_limit): look at the policy, or at what it sees"
         )
-
-
-def _all(is_within: Any, is_probable: bool) -> list[bool]:
-    """Of rows [T, A], one truth value for each."""
-    rows: list[bool] = is_within.all(axis=1).tolist() if is_probable else [False] * len(is_within)
-    return rows
 
 
 def check_beliefs(config: ControlConfig, tokenizers: Sequence[ActionTokenizer]) -> None:
