@@ -54,6 +54,12 @@ class GivenBelief:
     def value(self) -> Any:
         return self.logits if self.probabilities is None else self.probabilities
 
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The arrays of a pair, or one alone; whatever it is, not looked at yet."""
+        value = self.value
+        return value if isinstance(value, tuple) else (value,)
+
 
 class BeliefForms:
     """Which forms of beliefs a loop takes: one chunk of float32, of as many layers as decode, and as temperatures are
@@ -73,8 +79,7 @@ class BeliefForms:
         """How many layers, or chunk tokens, what is given has; 0 where the loop does not take it by its form."""
         if given.tokens is not None or (given.logits is not None and given.probabilities is not None):
             return 0
-        value = given.value
-        parts = value if type(value) is tuple else (value,)
+        parts = given.parts
         for part in parts:
             if type(part) is not _Array or part.dtype != _FLOAT32:
                 return 0
@@ -142,12 +147,11 @@ class BeliefSlots:
 
     def take(self, given: GivenBelief) -> None:
         """Copy what came, of a legal form; a backend that leaves a part unwritten must not pass off the last answer."""
-        value = given.value
-        parts = value if type(value) is tuple else (value,)
+        parts = given.parts
         own = self._own[tuple([part.shape for part in parts])]
         for mine, part in zip(own, parts, strict=True):
             mine[...] = part
-        self._given, self._is_logits = own if type(value) is tuple else own[0], given.is_logits
+        self._given, self._is_logits = own if len(own) > 1 else own[0], given.is_logits
         self.std.fill(np.nan)
         self.mode_probability.fill(np.nan)
 

@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,6 +22,12 @@ from rfsq.runtime.control.worker import WarmTokenizer
 from rfsq.runtime.qualification.soak import chunks_of
 from tests.chunk_bundles import SMALL, ChunkRecipe
 from tests.runtime.control.loops import Clock, ScriptedLoop, fails, first_of, loop, switched
+
+
+class Pair(NamedTuple):
+    classes: Any
+    bits: Any
+
 
 RAMP = [[0.1], [0.2], [0.3], [0.4]]
 VALUES: dict[str, Any] = {
@@ -171,7 +177,8 @@ def test_a_pair_of_classes_and_bits_is_served(chunk_tokenizer: ActionTokenizer, 
             bits = count * model.token_bits - model.class_bits
             pair = tuple(random.normal(size=(1, size)).astype(np.float32) for size in (model.num_classes, bits))
             expected = chunk_tokenizer.decode_logits(pair)
-            result = decoder.step(logits=pair, sequence=count)
+            # A named one as well.
+            result = decoder.step(logits=Pair(*pair) if count > 1 else pair, sequence=count)
             assert result.status is Status.OK
             assert result.belief is not None
             np.testing.assert_array_equal(result.actions, expected.actions[0, 0])
