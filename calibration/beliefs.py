@@ -21,7 +21,7 @@ from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.beliefs import BitProbabilities, bits_of_tokens, chunk_belief, step_belief
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.runtime.bundle.belief_settings import BeliefSettings
-from rfsq.runtime.bundle.beliefs import Belief, BeliefMode
+from rfsq.runtime.bundle.beliefs import Belief, BeliefKind, BeliefMode
 
 #: Shares of a Gaussian within one and two standard deviations.
 WITHIN_ONE, WITHIN_TWO = 0.682689, 0.954500
@@ -49,8 +49,10 @@ class Choice:
 
 
 class PolicyLogits(ABC):
-    """What a policy said of N recorded chunks; actions: float64 [N, T, A]."""
+    """What a policy said of N recorded chunks. kind: in which form, and of which tokenizer; actions: float64
+    [N, T, A]."""
 
+    kind: BeliefKind
     actions: Tensor
 
     @abstractmethod
@@ -64,12 +66,12 @@ class PolicyLogits(ABC):
 
 @dataclass(frozen=True, eq=False)
 class StepLogits(PolicyLogits):
-    """Per-step tokens: [N, T, D, l, K]; coarse: layers that are the mode."""
+    """Per-step tokens: [N, T, D, l, K]."""
 
+    kind: BeliefKind
     model: ActionAutoencoder
     actions: Tensor
     logits: Tensor
-    coarse: int
 
     def choices(self, rows: Tensor) -> list[Choice]:
         tokens, size = self.model.encode(self.actions[rows])[0], self.logits.shape[-1]
@@ -80,13 +82,14 @@ class StepLogits(PolicyLogits):
 
     def belief(self, rows: Tensor, temperature: Tensor, mode: BeliefMode) -> Belief[Tensor]:
         probabilities = (self.logits[rows] / temperature.unsqueeze(-1)).softmax(-1)
-        return step_belief(self.model, probabilities, mode, self.coarse, None)
+        return step_belief(self.model, probabilities, mode, self.kind.coarse, None)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenLogits(PolicyLogits):
     """Chunk tokens of a vocabulary: [N, l, V]."""
 
+    kind: BeliefKind
     model: ChunkTokenizer
     actions: Tensor
     logits: Tensor
@@ -107,6 +110,7 @@ class TokenLogits(PolicyLogits):
 class BitLogits(PolicyLogits):
     """Chunk tokens as class [N, C] and bits [N, n], these of the likeliest class."""
 
+    kind: BeliefKind
     model: ChunkTokenizer
     actions: Tensor
     classes: Tensor
@@ -161,8 +165,10 @@ class Reliability:
 
 @dataclass(frozen=True)
 class BeliefReport:
-    """fitted, judged: numbers of episodes; reliability: before and after; remarks: what a person should know."""
+    """kind: what was fitted to; fitted, judged: numbers of episodes; reliability: before and after; remarks: what a
+    person should know."""
 
+    kind: BeliefKind
     fitted: int
     judged: int
     choices: tuple[ChoiceReport, ...]
@@ -191,6 +197,7 @@ def calibrate_beliefs(given: PolicyLogits, episodes: Sequence[int], seed: int = 
     reports = tuple(_judged(choice, float(value)) for choice, value in zip(choices, temperature, strict=True))
     spreads = tuple(_spread(given, fitted, judged, temperature, mode) for mode in MODES)
     return BeliefReport(
+        kind=given.kind,
         fitted=half,
         judged=len(names) - half,
         choices=reports,
@@ -330,6 +337,7 @@ def _deviations(given: PolicyLogits, rows: Tensor, temperature: Tensor, mode: Be
 def settings_of(report: BeliefReport) -> BeliefSettings:
     """What a robot needs of a report."""
     return BeliefSettings(
+        report.kind,
         tuple(choice.temperature for choice in report.choices),
         {spread.mode: spread.scale for spread in report.spreads if spread.scale is not None},
     )

@@ -24,7 +24,7 @@ from rfsq.export.chunk_c_source import (
 )
 from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
-from rfsq.runtime.bundle.beliefs import SUM_TOLERANCE
+from rfsq.runtime.bundle.beliefs import ENGINE_SUM_TOLERANCE
 from rfsq.runtime.bundle.manifest import (
     CHUNKS_OF_BLOCK,
     CHUNKS_OF_WINDOW,
@@ -120,7 +120,7 @@ def _sizes(plan: ChunkPlan, blocks: _Blocks) -> list[str]:
         f"[[maybe_unused]] constexpr float SUM_OF_WEIGHTS = {number(float(plan.weights.astype(np.float64).sum()))};",
         f"constexpr int IS_LOGITS = {IS_LOGITS}, KEEPS_MODE = {KEEPS_MODE}, TAKES_TURNS = {TAKES_TURNS};",
         f"constexpr int SLOT_BYTES = {_slot_bytes(plan)};",
-        f"constexpr float SUM_TOLERANCE = {number(SUM_TOLERANCE)};",
+        f"constexpr float SUM_TOLERANCE = {number(ENGINE_SUM_TOLERANCE)};",
         "/* Whether latents hold less than all of a chunk. */",
         f"#define HAS_REST {int(plan.num_latents < sizes.num_values)}",
         f"#define HAS_MANY_DECODERS {int(blocks.has_many_decoders)}",

@@ -24,7 +24,6 @@ from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan, plan_chunk_code
 from rfsq.export.chunk_reference import ChunkReference, episode_chunks
 from rfsq.export.chunk_sections import chunk_sections
 from rfsq.export.deployable import checked_graph
-from rfsq.export.fingerprint import chunk_fingerprint
 from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.progress import phase
 from rfsq.export.reference import Section
@@ -32,6 +31,7 @@ from rfsq.export.sources import MOST_HELD_OUT, BuildData
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint, load_chunk_checkpoint, save_chunk_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
 from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.fingerprint import chunk_fingerprint
 from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.manifest import GraphEntry
 from rfsq.runtime.bundle.models import ChunkModel

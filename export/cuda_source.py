@@ -14,7 +14,7 @@ import numpy as np
 from rfsq.export.c_tables import Array, IntArray, filled, number, table
 from rfsq.export.plan import Affine, DecoderPlan, EncoderPlan, Plan, action_limit, middle_level
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
-from rfsq.runtime.bundle.beliefs import SUM_TOLERANCE
+from rfsq.runtime.bundle.beliefs import ENGINE_SUM_TOLERANCE
 from rfsq.runtime.bundle.manifest import (
     IS_LOGITS,
     KEEPS_MODE,
@@ -84,7 +84,7 @@ def _sizes(encoder: EncoderPlan, has_many: bool) -> list[str]:
         f"[[maybe_unused]] constexpr int BELIEF_THREADS = {_belief_threads(encoder)};",
         "/* How a call takes what is given of beliefs; bits of its terms. */",
         f"[[maybe_unused]] constexpr int IS_LOGITS = {IS_LOGITS}, KEEPS_MODE = {KEEPS_MODE};",
-        f"[[maybe_unused]] constexpr float SUM_TOLERANCE = {number(SUM_TOLERANCE)};",
+        f"[[maybe_unused]] constexpr float SUM_TOLERANCE = {number(ENGINE_SUM_TOLERANCE)};",
         f"constexpr float ACTION_LIMIT = {number(action_limit(encoder))}, STATS_LIMIT = {number(STATS_LIMIT)};",
         f"[[maybe_unused]] constexpr float SIGMA_EPSILON = {number(epsilon)}, LEVEL_STEP = {number(2 / (levels - 1))};",
         f"#define HAS_OFFSET {int(encoder.offset.any())}",

@@ -15,7 +15,6 @@ from rfsq.export.c_source import CTokenizer, c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
 from rfsq.export.deployable import checked_graph
 from rfsq.export.errors import BuildInputError
-from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.plan import (
@@ -31,6 +30,7 @@ from rfsq.export.progress import phase
 from rfsq.export.reference import Reference, Section, parity_sections
 from rfsq.export.sources import BuildData, choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
+from rfsq.rfsq_ref.fingerprint import fingerprint
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
@@ -64,7 +64,7 @@ class StepTokens:
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.checkpoint, self.reference.mode)
+        return fingerprint(self.checkpoint, self.reference.mode.value)
 
     @cached_property
     def model(self) -> StepModel:

@@ -80,7 +80,16 @@ tokens = np.zeros((1, 8, 16, 8), np.int32)
 recorded = np.zeros((4, 8, 7), np.float32)
 chunk = torch.zeros(1, 8, 7)
 logits = torch.zeros(1, 8, 16, 8, 7)
-"""
+""",
+    "beliefs.md": """
+from pathlib import Path
+from rfsq.runtime import BeliefSettings
+from rfsq.runtime.bundle.beliefs import BeliefKind
+from rfsq.runtime.bundle.folder import open_bundle
+kind = BeliefKind(open_bundle("build/bundle").manifest.fingerprint, "tokens", 8, 3)
+Path("build/beliefs").mkdir()
+Path("build/beliefs/logits.json").write_text(BeliefSettings(kind, (1.2,) * 8, {"expected": (0.5,) * 7}).text())
+""",
 }
 
 

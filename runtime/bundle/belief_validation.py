@@ -6,14 +6,17 @@ from typing import cast
 
 import numpy as np
 
-from .arrays import AnyArray, BoolArray, Float32Array, Float64Array, unravel
+from .arrays import AnyArray, BoolArray, Float32Array, unravel
+from .belief_settings import BeliefSettings
 from .beliefs import BELIEF_MODES, SUM_TOLERANCE
 from .errors import InvalidInputError, UnbuiltPrefixError
 from .models import ChunkModel, ModelEntry
 from .probabilities import Given
-from .validation import as_plain_array, kind_of, listed, native, refuse_first
+from .validation import as_plain_array, kind_of, listed, native, real_numbers, refuse_first
 
 _FLOAT32 = np.dtype(np.float32)
+#: Colder or warmer, and float32 no longer holds what logits of any size become.
+_COLDEST, _WARMEST = 1e-30, 1e30
 
 
 class BeliefValidator:
@@ -60,7 +63,7 @@ class BeliefValidator:
         if is_logits:
             _check_logits(name, given[0])
         else:
-            _check_probabilities(name, given[0])
+            check_probabilities(name, given[0])
         if is_pair:
             bits = given[1]
             # A NaN compares with nothing.
@@ -72,21 +75,19 @@ class BeliefValidator:
     def sharpness(self, temperature: object, given: Given) -> Float32Array:
         """1 / temperature, one for each layer [l] or token [l], or class and bit [1 + n]. Raises InvalidInputError."""
         size = given[0].shape[-2] if len(given) == 1 else 1 + given[1].shape[1]
-        temperatures = _real_numbers(temperature, size)
+        expected = f"a float, or {size} of them in a list or a numpy.ndarray"
+        temperatures = real_numbers("temperature", temperature, expected)
         if temperatures.shape not in ((), (size,)):
             each = "class and bit" if len(given) == 2 else self._model.depth_unit[:-1]
             raise InvalidInputError(
                 f"temperature has shape {list(temperatures.shape)}; expected one number, or [{size}], one for each "
                 f"{each}"
             )
-        with np.errstate(all="ignore"):
-            sharpness = (1 / temperatures).astype(np.float32)
-        # As float32, which is what a backend gets; so neither infinite nor 0.
-        if not (np.isfinite(sharpness) & (sharpness > 0)).all():
+        if not ((temperatures >= _COLDEST) & (temperatures <= _WARMEST)).all():
             raise InvalidInputError(
-                f"temperature is {temperature!r:.60}; expected positive, finite numbers, whose inverse float32 holds"
+                f"temperature is {temperature!r:.60}; expected positive numbers from {_COLDEST:g} to {_WARMEST:g}"
             )
-        return np.ascontiguousarray(np.broadcast_to(sharpness, (size,)))
+        return np.ascontiguousarray(np.broadcast_to((1 / temperatures).astype(np.float32), (size,)))
 
     def is_pair(self, name: str, value: object) -> bool:
         """Whether classes and bits are given, not distributions. Raises InvalidInputError for what is neither."""
@@ -165,22 +166,19 @@ def check_mode(mode: object, seed: object, *, can_draw: bool = True) -> None:
         )
 
 
-def _real_numbers(temperature: object, size: int) -> Float64Array:
-    """What are numbers already: numpy would make some of text, of truth values, and of what a mask hides."""
-    try:
-        found = np.asarray(temperature)
-    except Exception:
-        # Whatever somebody's object raises that is no array.
-        read = ""
-    else:
-        if found.dtype.kind in "iuf" and not isinstance(temperature, np.ma.MaskedArray):
-            with np.errstate(over="ignore"):
-                return found.astype(np.float64)
-        read = f" of type {found.dtype}"
-    raise InvalidInputError(
-        f"temperature is a {kind_of(temperature)}{read}; expected a float, or {size} of them in a list or a "
-        "numpy.ndarray"
-    )
+def check_settings(settings: object, temperature: object) -> None:
+    """Raises InvalidInputError for what are no settings, and for a temperature beside them."""
+    if settings is None:
+        return
+    if not isinstance(settings, BeliefSettings):
+        raise InvalidInputError(
+            f"settings are a {kind_of(settings)}; expected BeliefSettings, as load_belief_settings gives them, or None"
+        )
+    if type(temperature) is not float or temperature != 1:
+        raise InvalidInputError(
+            f"settings and a temperature, {temperature!r:.60}, were given; expected one or the other: settings have "
+            "temperatures of their own"
+        )
 
 
 def _unbuilt(name: str, shape: tuple[int, ...], model: ModelEntry) -> str:
@@ -202,7 +200,8 @@ def _ready(name: str, array: AnyArray) -> Float32Array:
     return np.require(array, requirements=["C", "A"])
 
 
-def _check_probabilities(name: str, array: Float32Array) -> None:
+def check_probabilities(name: str, array: Float32Array) -> None:
+    """Raises InvalidInputError for the first of the distributions [..., K] that is none."""
     if not array.size:
         return
     with np.errstate(invalid="ignore", over="ignore"):

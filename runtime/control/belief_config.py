@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..bundle.belief_settings import BeliefSettings
+from ..bundle.errors import InvalidInputError
 from ..bundle.reading import coerce_fields
 from .errors import ControlConfigError
 
@@ -43,7 +44,7 @@ class BeliefConfig:
 
     mode: what is decoded (docs/beliefs.md, "Which mode"); samples are drawn outside a loop. temperature: what divides
     logits, one number, or one for each layer, token, or class and bit, which then come in this number alone. settings:
-    what `load_belief_settings` gives, in place of temperature; they make `std` honest, too.
+    what `load_belief_settings` gives, in place of temperature, for what they were fitted to; they make `std` honest.
 
     An action is uncertain if its `std` is above `std_limit` (in the unit of the action; one number, or one for each
     dimension; inf for none), or if the probability of its chunk's mode is below `least_mode_probability` (0 for none).
@@ -74,35 +75,21 @@ class BeliefConfig:
             numbers = value if isinstance(value, tuple) else (value,)
             if not numbers or not all(least <= number <= most for number in numbers):
                 raise ControlConfigError(f"{name} is {value!r:.80}; expected {expected}")
-        if self.settings is None:
-            return
-        if self.temperature != 1:
+        if self.settings is not None and self.temperature != 1:
             raise ControlConfigError("both temperature and settings are given; expected one, for settings have one")
-        if self.mode not in self.settings.std_scale:
-            raise ControlConfigError(
-                f"settings have no scale of std for mode {self.mode!r}; expected one: calibrate this mode, or choose "
-                f"another, of {', '.join(self.settings.std_scale) or 'none'}"
-            )
-
-    @property
-    def std_scale(self) -> tuple[float, ...] | None:
-        """What `std` is multiplied by, one number for each dimension; None for nothing."""
-        return None if self.settings is None else self.settings.std_scale[self.mode]
 
     def check_dimensions(self, action_dim: int) -> None:
         """Raises ControlConfigError for limits or scales of another number of action dimensions."""
-        given = {"beliefs.std_limit": self.std_limit, "the scale of std in beliefs.settings": self.std_scale}
-        for name, numbers in given.items():
-            if isinstance(numbers, tuple) and len(numbers) != action_dim:
-                raise ControlConfigError(
-                    f"{name} has {len(numbers)} values and action_low {action_dim}; expected one per action dimension "
-                    "in both: complete them"
-                )
-
-    @property
-    def temperatures(self) -> float | tuple[float, ...]:
-        """What `decode_logits` takes."""
-        return self.temperature if self.settings is None else self.settings.temperature
+        if isinstance(self.std_limit, tuple) and len(self.std_limit) != action_dim:
+            raise ControlConfigError(
+                f"beliefs.std_limit has {len(self.std_limit)} values and action_low {action_dim}; expected one per "
+                "action dimension in both: complete them"
+            )
+        if self.settings is not None:
+            try:
+                self.settings.scale(self.mode, action_dim)
+            except InvalidInputError as error:
+                raise ControlConfigError(f"beliefs.settings: {error}") from error
 
 
 def plain(value: object) -> object:

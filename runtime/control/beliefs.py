@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 
-from ..backends.beliefs import belief_backend, mode_shape
+from ..backends.beliefs import belief_backend, coarse_layers, mode_shape
 from ..bundle.arrays import Float32Array
 from ..bundle.belief_validation import BeliefValidator
 from ..bundle.comparison import action_errors, std_error
-from ..bundle.errors import InvalidInputError
+from ..bundle.errors import FingerprintError, InvalidInputError
 from ..bundle.gates import GATES
 from ..bundle.models import ChunkModel, ModelEntry
 from ..tokenizer import ActionTokenizer
@@ -62,18 +62,14 @@ class GivenBelief:
 
 
 class BeliefForms:
-    """Which forms of beliefs a loop takes: one chunk of float32, of as many layers as decode, and as temperatures are
-    for."""
+    """Which forms of beliefs a loop takes: one chunk of float32, of as many layers as decode, and as temperatures or
+    settings are for."""
 
     def __init__(self, model: ModelEntry, config: BeliefConfig) -> None:
         self._model, self._validator = model, BeliefValidator(model)
-        self._temperatures = config.temperatures
-        #: Legal ones, with the number of layers or tokens.
-        self.layers_of = {
-            shapes: layers
-            for shapes, layers, size in forms_of(model)
-            if not isinstance(self._temperatures, tuple) or len(self._temperatures) == size
-        }
+        #: Legal ones, with the number of layers or tokens; and what they are, in words.
+        self.layers_of = {shapes: layers for shapes, layers, size in forms_of(model) if _is_for(config, shapes, size)}
+        self._expected = "temperatures" if config.settings is None else f"settings: {config.settings.kind}"
 
     def accept(self, given: GivenBelief) -> int:
         """How many layers, or chunk tokens, what is given has; 0 where the loop does not take it by its form."""
@@ -106,9 +102,17 @@ class BeliefForms:
         if tuple(part.shape for part in found) in self.layers_of:
             return f"{names[0]} are in another byte order; expected float32 of this machine: convert them"
         return (
-            f"{names[0]} have shape {shapes}; expected as many layers, tokens, or classes and bits as there are "
-            f"temperatures, {len(cast(tuple[float, ...], self._temperatures))}: send those, or calibrate for these"
+            f"{names[0]} have shape {shapes}; expected what the {self._expected} are for: send that, or calibrate for "
+            "this"
         )
+
+
+def _is_for(config: BeliefConfig, shapes: _Shapes, size: int) -> bool:
+    """Whether this form, of so many layers, tokens, or class and bits, is what temperatures or settings are for."""
+    numbers = config.temperature if config.settings is None else config.settings.temperature
+    is_pair = config.settings is not None and config.settings.kind.form == "classes and bits"
+    is_form = config.settings is None or is_pair is (len(shapes) == 2)
+    return is_form and (not isinstance(numbers, tuple) or len(numbers) == size)
 
 
 def forms_of(model: ModelEntry) -> Iterator[tuple[_Shapes, int, int]]:
@@ -129,9 +133,8 @@ class BeliefSlots:
 
     def __init__(self, tokenizer: ActionTokenizer, config: BeliefConfig, actions: Float32Array) -> None:
         model = tokenizer.model
-        self._mode, self._temperature = config.mode, config.temperatures
+        self._mode, self._temperature, self._settings = config.mode, config.temperature, config.settings
         self._decoders = tokenizer.decode_probabilities_into, tokenizer.decode_logits_into
-        self._scale = None if config.std_scale is None else np.array(config.std_scale, np.float32)
         self.actions, self.std = actions, np.zeros_like(actions)
         self.mode_probability = np.zeros(1, np.float32)
         self.mode = np.zeros(mode_shape(model, 1), np.int32)
@@ -165,9 +168,8 @@ class BeliefSlots:
             self.mode,
             mode=self._mode,
             temperature=self._temperature,
+            settings=self._settings,
         )
-        if self._scale is not None:
-            self.std *= self._scale
 
     @property
     def is_finite(self) -> bool:
@@ -300,10 +302,13 @@ def check_beliefs(config: ControlConfig, tokenizers: Sequence[ActionTokenizer]) 
         for tokenizer in tokenizers:
             forms = BeliefForms(tokenizer.model, beliefs)
             belief_backend(tokenizer.backend)
-    except InvalidInputError as error:
+            if (settings := beliefs.settings) is not None:
+                coarse = coarse_layers(tokenizer.model)
+                settings.check(replace(settings.kind, fingerprint=tokenizer.fingerprint, coarse=coarse))
+    except (InvalidInputError, FingerprintError) as error:
         raise ControlConfigError(f"the settings have beliefs, and they cannot be decoded: {error}") from error
     if not forms.layers_of:
         raise ControlConfigError(
-            f"beliefs have {len(cast(tuple[float, ...], beliefs.temperatures))} temperatures; expected one for each "
-            "layer, token, or class and bit that this bundle decodes: calibrate for this tokenizer"
+            "beliefs have as many temperatures as no form of them needs; expected one for each layer, token, or class "
+            "and bit that this bundle decodes: calibrate for this tokenizer"
         )

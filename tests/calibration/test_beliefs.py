@@ -23,11 +23,12 @@ from rfsq.calibration.errors import CalibrationError
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.rfsq_ref.beliefs import bits_of_tokens
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.runtime.bundle.beliefs import Belief, BeliefMode
+from rfsq.runtime.bundle.beliefs import Belief, BeliefKind, BeliefMode
 from tests.chunk_bundles import ChunkRecipe, chunk_checkpoint
 from tests.rfsq_ref.models import make_model, random_actions
 
 ONE = torch.ones(1).double()
+KIND = BeliefKind("0" * 64, "tokens", 2, 1)
 
 
 def drawn_choice(count: int, vocabulary: int, temperature: float, seed: int = 0) -> Choice:
@@ -82,6 +83,7 @@ class Spread(PolicyLogits):
     """Actions off by what a Gaussian of the standard deviation that is told, times `factor`, gives."""
 
     def __init__(self, count: int, factor: float) -> None:
+        self.kind = KIND
         generator = torch.Generator().manual_seed(0)
         self.actions = torch.zeros(count, 3, 2).double()
         self._std = 0.1 + torch.rand(count, 3, 2, generator=generator).double()
@@ -106,6 +108,7 @@ def test_scales_make_spreads_honest_on_episodes_that_were_not_fitted(factor: flo
         assert spread.within_one[1] == pytest.approx(0.6827, abs=0.02)
         assert spread.within_two[1] == pytest.approx(0.9545, abs=0.01)
     settings = settings_of(report)
+    assert settings.kind == KIND
     assert settings.temperature == (report.choices[0].temperature,)
     assert settings.std_scale == {spread.mode: spread.scale for spread in report.spreads}
 
@@ -151,9 +154,9 @@ def test_a_policy_that_says_the_recorded_tokens_needs_nothing_and_is_certain() -
     bits = bits_of_tokens(of_words, chunk.sizes)
     own = bits.bits[torch.arange(6), bits.classes.argmax(1)]
     for given in (
-        StepLogits(model, steps, sharp, 1),
-        TokenLogits(chunk, chunks, 20 * of_words),
-        BitLogits(chunk, chunks, 20 * bits.classes, 40 * own - 20),
+        StepLogits(KIND, model, steps, sharp),
+        TokenLogits(KIND, chunk, chunks, 20 * of_words),
+        BitLogits(KIND, chunk, chunks, 20 * bits.classes, 40 * own - 20),
     ):
         for choice in given.choices(torch.arange(6)):
             assert (choice.logits.argmax(-1) == choice.taken).all(), choice.name

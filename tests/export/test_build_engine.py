@@ -30,7 +30,6 @@ from rfsq.export.build_engine import config_of, main, parser, verdict
 from rfsq.export.c_builder import find_compiler
 from rfsq.export.engines import Profile
 from rfsq.export.errors import GateError
-from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.parity import closing_tables
 from rfsq.export.pipeline import build
@@ -39,6 +38,7 @@ from rfsq.export.reference import AS_TRAINED, REFITTED
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit, chunk, load_actions
+from rfsq.rfsq_ref.fingerprint import fingerprint
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.settings import NormaliserKind

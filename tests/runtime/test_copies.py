@@ -40,6 +40,7 @@ from rfsq.runtime import (
     Watchdog,
 )
 from rfsq.runtime import tokenizer as tokenizer_module
+from rfsq.runtime.bundle.beliefs import BeliefKind
 from rfsq.runtime.bundle.errors import SequenceTooShortError
 from rfsq.runtime.control.belief_config import WhenUncertain
 from rfsq.runtime.control.config import ActionKind
@@ -105,7 +106,7 @@ SAMPLES: dict[type[Any], tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda config: config,
     ),
     BeliefSettings: (
-        lambda: BeliefSettings((1.5, 2.0), {"expected": (0.5,)}),
+        lambda: BeliefSettings(BeliefKind("0" * 64, "tokens", 2, 1), (1.5, 2.0), {"expected": (0.5,)}),
         lambda settings: (settings, settings.text()),
     ),
     ChunkVocabulary: (

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from rfsq.runtime import (
     ControlFaultError,
     Status,
 )
+from rfsq.runtime.bundle.beliefs import BeliefKind
 from rfsq.runtime.control.worker import WarmTokenizer
 from rfsq.runtime.qualification.soak import chunks_of
 from tests.chunk_bundles import SMALL, ChunkRecipe
@@ -37,7 +39,7 @@ VALUES: dict[str, Any] = {
     "max_relative_step": [0.5, float("inf")],
     "action_kind": ["delta", "absolute"],
 }
-SETTINGS = BeliefSettings((1.5, 2.0, 2.5), {"expected": (0.5, 2.0)})
+SETTINGS = BeliefSettings(BeliefKind("0" * 64, "tokens", 3, 2), (1.5, 2.0, 2.5), {"expected": (0.5, 2.0)})
 #: Served, uncertain in each of the three ways.
 ACTIONS_ON_DOUBT = pytest.mark.parametrize("when_uncertain", ["hold", "slow", "ask"])
 
@@ -89,8 +91,11 @@ def test_a_file_of_settings_names_that_of_beliefs(tmp_path: Path) -> None:
         ({"temperature": (1.0, -1.0)}, "temperature is .*; expected from 1e-12"),
         ({"settings": "beliefs.json"}, "settings is 'beliefs.json'; expected an object"),
         ({"settings": SETTINGS, "temperature": 2.0}, "both temperature and settings are given"),
-        ({"settings": SETTINGS, "mode": "likeliest mode"}, "no scale of std for mode 'likeliest mode'"),
-        ({"settings": BeliefSettings((1.0,), {"expected": (1.0,)})}, "scale of std in beliefs.settings has 1 values"),
+        (
+            {"settings": SETTINGS, "mode": "likeliest mode"},
+            "beliefs.settings: .* 0 scales of std for 'likeliest mode'; expected 2",
+        ),
+        ({"settings": replace(SETTINGS, std_scale={"expected": (1.0,)})}, "beliefs.settings: .* 1 scales of std"),
     ],
 )
 def test_what_no_setting_can_be_is_refused_from_python_and_from_a_table(change: dict[str, Any], message: str) -> None:
@@ -138,7 +143,7 @@ def test_a_bundle_whose_tokens_no_policy_can_believe_is_refused(dynamic_tokenize
 
 
 def test_temperatures_of_another_number_of_layers_or_tokens_are_refused(either_tokenizer: ActionTokenizer) -> None:
-    with pytest.raises(ControlConfigError, match="beliefs have 99 temperatures; expected one for each layer, token"):
+    with pytest.raises(ControlConfigError, match="expected one for each layer, token, or class and bit"):
         loop(either_tokenizer, beliefs=BeliefConfig(temperature=(1.0,) * 99))
 
 
@@ -278,20 +283,46 @@ def test_temperatures_say_how_many_layers_come(tokenizer: ActionTokenizer) -> No
         np.testing.assert_array_equal(result.belief.std, expected.std[0, 0])
         draft = decoder.step(logits=np.ascontiguousarray(logits[..., : tokenizer.prefixes[0], :]))
         assert draft.status is Status.BAD_TOKEN
-        assert f"as there are temperatures, {most}: send those, or calibrate" in draft.detail
+        assert "expected what the temperatures are for: send that, or calibrate for this" in draft.detail
 
 
 def test_settings_of_beliefs_make_temperatures_and_an_honest_std(tokenizer: ActionTokenizer) -> None:
     model = tokenizer.model
     logits = np.random.default_rng(0).normal(size=(*model.tokens_shape(1), model.vocabulary)).astype(np.float32)
     temperature = (2.0,) * tokenizer.prefixes[-1]
-    settings = BeliefSettings(temperature, {"expected": tuple(range(1, 1 + model.action_dim))})
+    kind = BeliefKind(tokenizer.fingerprint, "tokens", len(temperature), tokenizer.prefixes[0])
+    settings = BeliefSettings(kind, temperature, {"expected": tuple(range(1, 1 + model.action_dim))})
     with loop(tokenizer, beliefs=BeliefConfig(settings=settings)) as decoder:
         decoder.warmup()
         result = decoder.step(logits=logits)
-    expected = settings.scaled(tokenizer.decode_logits(logits, temperature=temperature), "expected")
-    assert result.belief is not None
-    np.testing.assert_allclose(result.belief.std, expected.std[0, 0], rtol=1e-6)
+        assert result.belief is not None
+        expected = tokenizer.decode_logits(logits, settings=settings)
+        np.testing.assert_array_equal(result.belief.std, expected.std[0, 0])
+        assert not np.allclose(result.belief.std, tokenizer.decode_logits(logits, temperature=2.0).std[0, 0])
+        draft = decoder.step(logits=np.ascontiguousarray(logits[..., : tokenizer.prefixes[0], :]))
+        assert draft.status is Status.BAD_TOKEN
+        assert f"expected what the settings: tokens, l = {len(temperature)}, the first" in draft.detail
+    for wrong in (replace(kind, fingerprint="1" * 64), replace(kind, coarse=1), replace(kind, length=9)):
+        other = replace(settings, kind=wrong, temperature=(2.0,) * wrong.length)
+        with pytest.raises(ControlConfigError, match=r"settings of beliefs (are|were)|as no form of them needs"):
+            loop(tokenizer, beliefs=BeliefConfig(settings=other))
+
+
+def test_settings_are_for_tokens_or_for_a_pair(chunk_tokenizer: ActionTokenizer) -> None:
+    model: Any = chunk_tokenizer.model
+    bits = model.num_tokens * model.token_bits - model.class_bits
+    pair = np.zeros((1, model.num_classes), np.float32), np.zeros((1, bits), np.float32)
+    words = np.zeros((1, model.num_tokens, model.vocabulary), np.float32)
+    forms: tuple[tuple[Any, int, Any, Any], ...] = (
+        ("classes and bits", 1 + bits, pair, words), ("tokens", model.num_tokens, words, pair)
+    )  # fmt: skip
+    for form, size, right, wrong in forms:
+        kind = BeliefKind(chunk_tokenizer.fingerprint, form, model.num_tokens, 0)
+        settings = BeliefSettings(kind, (1.5,) * size, {"expected": (1.0,) * model.action_dim})
+        with loop(chunk_tokenizer, beliefs=BeliefConfig(settings=settings)) as decoder:
+            decoder.warmup()
+            assert decoder.step(logits=right).status is Status.OK
+            assert decoder.step(logits=wrong).status is Status.BAD_TOKEN
 
 
 def test_a_draft_may_be_a_belief_and_its_whole_tokens_or_the_other_way_round() -> None:
