@@ -69,6 +69,7 @@ class BeliefForms:
         self._model, self._validator = model, BeliefValidator(model)
         #: Legal ones, with the number of layers or tokens; and what they are, in words.
         self.layers_of = {shapes: layers for shapes, layers, size in forms_of(model) if _is_for(config, shapes, size)}
+        self.longest = max(self.layers_of, key=self.layers_of.__getitem__, default=())
         self._expected = "temperatures" if config.settings is None else f"settings: {config.settings.kind}"
 
     def accept(self, given: GivenBelief) -> int:
@@ -146,7 +147,7 @@ class BeliefSlots:
         self._given: Any = None
         self._is_logits = False
         #: Logits that decode, of what nobody is sure of.
-        self.probe = _probe(next(iter(BeliefForms(model, config).layers_of)))
+        self.probe = _probe(BeliefForms(model, config).longest)
 
     def take(self, given: GivenBelief) -> None:
         """Copy what came, of a legal form; a backend that leaves a part unwritten must not pass off the last answer."""
@@ -225,15 +226,17 @@ def _views(forms: set[_Shapes]) -> dict[_Shapes, tuple[Float32Array, ...]]:
 class BeliefJudge:
     """Whether the actions of the chunk in service are sure enough. For one thread."""
 
-    def __init__(self, config: BeliefConfig, model: ModelEntry) -> None:
-        limits = np.broadcast_to(np.array(config.std_limit, np.float64), (model.action_dim,))
-        # A row for each step, as in the guard.
-        self._limit = np.tile(limits.astype(np.float32), (model.chunk_length, 1))
-        self._leave = np.tile((limits * config.leave_factor).astype(np.float32), (model.chunk_length, 1))
-        self._least = config.least_mode_probability
-        self._least_to_leave = 1 - (1 - self._least) * config.leave_factor if self._least else 0.0
-        self._leave_ticks = config.leave_ticks
+    def __init__(self, config: ControlConfig, beliefs: BeliefConfig, model: ModelEntry) -> None:
         self._std = np.zeros((model.chunk_length, model.action_dim), np.float32)
+        limits = np.full(self._std.shape, beliefs.std_limit)
+        # It is held at one value, whatever is believed.
+        limits[:, config.locked] = np.inf
+        with np.errstate(over="ignore"):
+            # What is too large for float32 is infinite.
+            self._limit, self._leave = (part.astype(np.float32) for part in (limits, limits * beliefs.leave_factor))
+        self._least = beliefs.least_mode_probability
+        self._least_to_leave = 1 - (1 - self._least) * beliefs.leave_factor if self._least else 0.0
+        self._leave_ticks = beliefs.leave_ticks
         self._mode, self._probability = np.zeros(mode_shape(model, 1)[1:], np.int32), 0.0
         # Results of comparisons, compared as bytes.
         self._within = bytearray(self._std.size)

@@ -59,7 +59,7 @@ class ControlLoop:
         self._queue = action_queue(config, model.chunk_length)
         self._allowed_ns = None if config.deadline_us is None else nanoseconds(config.deadline_us)
         self._is_limiting = config.out_of_range is OutOfRange.LIMIT
-        self._judge = None if config.beliefs is None else BeliefJudge(config.beliefs, model)
+        self._judge = None if config.beliefs is None else BeliefJudge(config, config.beliefs, model)
         #: `LoopState.doubt` before the tick under way.
         self._doubt = 0
 

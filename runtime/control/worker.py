@@ -47,7 +47,7 @@ class WarmTokenizer:
         self._slots = {
             prefix: np.zeros(model.tokens_shape(1, prefix), np.int32) for prefix in model.prefixes if is_known_again
         }
-        tokenizer.warmup()
+        tokenizer.warmup(beliefs=beliefs is not None)
         self.probe = codes_of(tokenizer, np.zeros_like(self.out))
         #: Where the loop takes beliefs.
         self.beliefs = None if beliefs is None else BeliefSlots(tokenizer, beliefs, self.out)

@@ -390,6 +390,18 @@ def test_each_row_and_dimension_has_its_own_std() -> None:
     assert values == pytest.approx((0.1, 0.0, 0.3, 0.0))
 
 
+def test_a_dimension_that_is_locked_is_certain_whatever_is_believed_of_it() -> None:
+    limits: dict[str, Any] = {"action_low": (-1.0, 0.0, -1.0), "action_high": (1.0, 0.0, 1.0)}
+    with ScriptedLoop(beliefs=BeliefConfig(std_limit=0.1), **limits) as made:
+        assert made.tick(0.5, std=[0.1, 9.0, 0.1]).status is Status.OK
+        assert made.tick(0.5, std=[0.1, 9.0, 0.2]).status is Status.UNCERTAIN
+
+
+def test_a_limit_beyond_float32_is_none() -> None:
+    with ScriptedLoop(beliefs=BeliefConfig(std_limit=1e300)) as made:
+        assert made.tick(0.5, std=3e38).status is Status.OK
+
+
 def test_a_mode_that_is_not_sure_makes_all_its_actions_uncertain() -> None:
     with ScriptedLoop(beliefs=BeliefConfig(least_mode_probability=0.6)) as made:
         assert made.tick(RAMP, std=9.0, mode_probability=0.6).status is Status.OK
