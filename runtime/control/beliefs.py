@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from ..backends.beliefs import belief_backend, coarse_layers, mode_shape
-from ..bundle.arrays import Float32Array
+from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.belief_validation import BeliefValidator
 from ..bundle.comparison import action_errors, std_error
 from ..bundle.errors import FingerprintError, InvalidInputError
@@ -77,6 +77,8 @@ class BeliefForms:
         if given.tokens is not None or (given.logits is not None and given.probabilities is not None):
             return 0
         parts = given.parts
+        if parts is given.value and len(parts) != 2:
+            return 0
         for part in parts:
             if type(part) is not _Array or part.dtype != _FLOAT32:
                 return 0
@@ -132,6 +134,10 @@ class BeliefSlots:
     written into, float32 [1, T, A].
     """
 
+    #: The own arrays that were copied into last.
+    _given: Any
+    _is_logits: bool
+
     def __init__(self, tokenizer: ActionTokenizer, config: BeliefConfig, actions: Float32Array) -> None:
         model = tokenizer.model
         self._mode, self._temperature, self._settings = config.mode, config.temperature, config.settings
@@ -144,8 +150,6 @@ class BeliefSlots:
             "chunks": self.actions, "std": self.std, "mode_probability": self.mode_probability, "mode": self.mode,
         }  # fmt: skip
         self._own = _views({shapes for shapes, *_ in forms_of(model)})
-        self._given: Any = None
-        self._is_logits = False
         #: Logits that decode, of what nobody is sure of.
         self.probe = _probe(BeliefForms(model, config).longest)
 
@@ -226,6 +230,10 @@ def _views(forms: set[_Shapes]) -> dict[_Shapes, tuple[Float32Array, ...]]:
 class BeliefJudge:
     """Whether the actions of the chunk in service are sure enough. For one thread."""
 
+    #: Of that chunk.
+    _mode: Int32Array
+    _probability: float
+
     def __init__(self, config: ControlConfig, beliefs: BeliefConfig, model: ModelEntry) -> None:
         self._std = np.zeros((model.chunk_length, model.action_dim), np.float32)
         limits = np.full(self._std.shape, beliefs.std_limit)
@@ -237,7 +245,6 @@ class BeliefJudge:
         self._least = beliefs.least_mode_probability
         self._least_to_leave = 1 - (1 - self._least) * beliefs.leave_factor if self._least else 0.0
         self._leave_ticks = beliefs.leave_ticks
-        self._mode, self._probability = np.zeros(mode_shape(model, 1)[1:], np.int32), 0.0
         # Results of comparisons, compared as bytes.
         self._within = bytearray(self._std.size)
         self._is_within = np.frombuffer(self._within, np.bool_).reshape(self._std.shape)

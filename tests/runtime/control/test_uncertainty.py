@@ -19,6 +19,7 @@ from rfsq.runtime import (
     ControlFaultError,
     Status,
 )
+from rfsq.runtime.backends.beliefs import BeliefAnswer, BeliefQuestion
 from rfsq.runtime.bundle.beliefs import BeliefKind
 from rfsq.runtime.control.worker import WarmTokenizer
 from rfsq.runtime.qualification.soak import chunks_of
@@ -214,6 +215,7 @@ WRONG_FORMS: list[tuple[Callable[[Any], dict[str, Any]], str]] = [
     (lambda logits: {"logits": logits.tolist()}, "are a list|is a builtins.list"),
     (lambda logits: {"logits": np.ma.masked_array(logits)}, "MaskedArray; expected a numpy.ndarray"),
     (lambda logits: {"probabilities": (logits, logits, logits)}, "tuple"),
+    (lambda logits: {"logits": (logits,)}, "tuple"),
     (lambda _: {"probabilities": ()}, "tuple"),
     (lambda _: {"probabilities": object()}, "probabilities is a builtins.object"),
     (lambda logits: {"probabilities": logits, "logits": logits}, "logits and probabilities were given on one tick"),
@@ -394,7 +396,9 @@ def test_a_dimension_that_is_locked_is_certain_whatever_is_believed_of_it() -> N
     limits: dict[str, Any] = {"action_low": (-1.0, 0.0, -1.0), "action_high": (1.0, 0.0, 1.0)}
     with ScriptedLoop(beliefs=BeliefConfig(std_limit=0.1), **limits) as made:
         assert made.tick(0.5, std=[0.1, 9.0, 0.1]).status is Status.OK
-        assert made.tick(0.5, std=[0.1, 9.0, 0.2]).status is Status.UNCERTAIN
+        result = made.tick(0.5, std=[0.1, 9.0, 0.2])
+        assert result.status is Status.UNCERTAIN
+        assert result.detail.startswith("std of dimension 2 is 0.2; expected at most 0.1")
 
 
 def test_a_limit_beyond_float32_is_none() -> None:
@@ -556,6 +560,19 @@ def test_a_backend_whose_std_or_probability_is_none_has_failed(broken: dict[str,
         assert "values that are not finite" in result.detail
 
 
+@pytest.mark.parametrize("missing", ["std", "mode_probability"])
+def test_a_backend_that_leaves_a_part_unwritten_passes_off_no_older_one(missing: str) -> None:
+    with ScriptedLoop(beliefs=BeliefConfig()) as made:
+        decode = made.backend.decode_belief_into
+
+        def leave_out(question: BeliefQuestion, answer: BeliefAnswer) -> None:
+            decode(question, answer._replace(**{missing: np.empty_like(getattr(answer, missing))}))
+
+        assert made.tick(0.5, std=0.0).status is Status.OK
+        made.backend.decode_belief_into = leave_out  # type: ignore[method-assign]
+        assert made.tick(0.5, std=0.0).status is Status.NONFINITE
+
+
 def test_a_backend_that_fails_on_beliefs_is_replaced_and_not_used_again_until_it_decodes_them(
     tokenizer: ActionTokenizer,
 ) -> None:
@@ -571,13 +588,14 @@ def test_a_backend_that_fails_on_beliefs_is_replaced_and_not_used_again_until_it
     warm = WarmTokenizer(broken, 0, BeliefConfig())
     assert warm.works()
     decode = tokenizer.backend.decode_belief_into  # type: ignore[attr-defined]  # this one has it
+    for name, factor in (("std", 1.001), ("actions", 1.001), ("mode_probability", 1.0)):
 
-    def off(question: Any, answer: Any) -> None:
-        decode(question, answer)
-        answer.std[...] *= 1.001
+        def off(question: Any, answer: Any, name: str = name, factor: float = factor) -> None:
+            decode(question, answer)
+            getattr(answer, name)[...] *= factor
 
-    backend.decode_belief_into = off  # type: ignore[method-assign]
-    assert not warm.works()
+        backend.decode_belief_into = off  # type: ignore[method-assign]
+        assert warm.works() is (factor == 1)
 
 
 def test_the_rehearsal_of_beliefs_leaves_nothing_behind(either_tokenizer: ActionTokenizer) -> None:
