@@ -196,7 +196,7 @@ def format_beliefs(report: BeliefReport, *, is_verbose: bool) -> str:
         }
         for spread in report.spreads
     ]
-    title = f"fitted to {counted(report.fitted, 'episode')}, judged on {report.judged} others"
+    title = f"of {counted(report.episodes, 'episode')}, each judged by a fit that leaves it out, {report.folds} fits"
     parts = [Table.of(f"what the policy chooses, {title}", rows).text()]
     if len(shown_choices) < len(report.choices):
         parts.append(f"{len(report.choices) - len(shown_choices)} more choices: -v shows all")

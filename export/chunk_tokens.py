@@ -33,6 +33,7 @@ from rfsq.rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.fingerprint import chunk_fingerprint
 from rfsq.runtime.bundle.advice import command
+from rfsq.runtime.bundle.decoding import ChunkDecoding
 from rfsq.runtime.bundle.manifest import GraphEntry
 from rfsq.runtime.bundle.models import ChunkModel
 from rfsq.runtime.bundle.paths import counted
@@ -89,6 +90,10 @@ class ChunkTokens:
         for form in BELIEF_FORMS:
             found.append(checked_graph(model, "belief", model.depth, form, chunk_belief_graph(plan, form)))
         return found
+
+    def decoding(self) -> ChunkDecoding:
+        plan = self._plan
+        return ChunkDecoding(plan.mean, plan.basis, plan.width, plan.order.astype(np.int32))
 
     def c_source(self) -> CTokenizer:
         return c_chunk_tokenizer(self._plan, self.fingerprint)

@@ -25,6 +25,7 @@ from rfsq.export.plan import (
     choose_prefixes,
     plan_decoder,
     plan_encoder,
+    step_decoding,
 )
 from rfsq.export.progress import phase
 from rfsq.export.reference import Reference, Section, parity_sections
@@ -34,6 +35,7 @@ from rfsq.rfsq_ref.fingerprint import fingerprint
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
+from rfsq.runtime.bundle.decoding import StepDecoding
 from rfsq.runtime.bundle.manifest import GraphEntry
 from rfsq.runtime.bundle.models import StepModel
 
@@ -98,6 +100,9 @@ class StepTokens:
             for decoder in self._decoders:
                 found.append(checked_graph(model, "belief", decoder.prefix, form, belief_graph(decoder, form)))
         return found
+
+    def decoding(self) -> StepDecoding | None:
+        return step_decoding(self._decoders)
 
     def c_source(self) -> CTokenizer:
         return c_tokenizer(self._encoder, self._decoders, self.fingerprint, self.reference.mode)

@@ -61,6 +61,7 @@ NOT_RUN = {
     r"python evidence/compare_chunks.py": "minutes; tests/evidence/test_chunk_comparison.py is quicker",
     r"python -m tests\.parity": "take many minutes; tests/parity/test_sizes.py is quicker",
     r"python examples/control_loop.py": "judges its timing; tests/examples/test_control_loop.py runs it",
+    r"python examples/belief_training.py": "many minutes; tests/examples/test_belief_training.py is quicker",
     r"python examples/speculative_decoding.py": "two minutes; tests/examples/test_speculative_decoding.py is quicker",
     r"python runtime/tokenize_dataset.py build/bundle --data IN .*--engine ray": "needs a Ray cluster",
 }

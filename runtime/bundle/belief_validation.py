@@ -118,8 +118,7 @@ class BeliefValidator:
             is_single = len(shape) == len(grid) + 2 and shape[:-2] == grid and shape[-1] == words
             hint = f"; for a single chunk pass {name}[None]" if is_single else ""
             raise InvalidInputError(f"{name} have shape {list(shape)}; expected [{letters}] = [{sizes}]{pair}{hint}")
-        if shape[-2] not in model.prefixes:
-            raise UnbuiltPrefixError(_unbuilt(name, shape, model))
+        check_num_tokens(name, shape, model)
 
     def check_pair(self, classes: tuple[int, ...], bits: tuple[int, ...]) -> None:
         """Of their shapes. Raises InvalidInputError."""
@@ -133,14 +132,7 @@ class BeliefValidator:
                 f"bits have shape {list(bits)}; expected [B, n] = [{classes[0]}, n] beside classes of shape "
                 f"{list(classes)}"
             )
-        num_bits, rest = bits[1] + model.class_bits, (bits[1] + model.class_bits) % model.token_bits
-        if rest or not 1 <= num_bits // model.token_bits <= model.num_tokens:
-            least = model.token_bits - model.class_bits
-            most = model.num_tokens * model.token_bits - model.class_bits
-            raise InvalidInputError(
-                f"bits have shape {list(bits)}; expected as many as l whole tokens have behind the class, "
-                f"{least} and then {model.token_bits} more for each further token, {most} at most"
-            )
+        check_num_bits(bits, model)
 
 
 def check_mode(mode: object, seed: object, *, can_draw: bool = True) -> None:
@@ -181,14 +173,28 @@ def check_settings(settings: object, temperature: object) -> None:
         )
 
 
-def _unbuilt(name: str, shape: tuple[int, ...], model: ModelEntry) -> str:
-    """What to say of distributions of layers or tokens that do not decode, as `check_prefix` does of tokens."""
+def check_num_tokens(name: str, shape: tuple[int, ...], model: ModelEntry) -> None:
+    """Raises UnbuiltPrefixError where distributions [..., l, K] are of layers or tokens that do not decode."""
     count = shape[-2]
+    if count in model.prefixes:
+        return
     build = f", or build the bundle with `--prefixes {count}`" if model.token_grid and 1 <= count < model.depth else ""
-    return (
+    raise UnbuiltPrefixError(
         f"{name} have shape {list(shape)}, of l = {count} {model.depth_unit}; this bundle decodes "
         f"{model.prefixes_text}: pass the first so many that the policy gave, {name}[..., :l, :]{build}"
     )
+
+
+def check_num_bits(shape: tuple[int, ...], model: ChunkModel) -> None:
+    """Raises InvalidInputError unless bits [..., n] are those of whole tokens."""
+    num_tokens, rest = divmod(shape[-1] + model.class_bits, model.token_bits)
+    if rest or not 1 <= num_tokens <= model.num_tokens:
+        least = model.token_bits - model.class_bits
+        most = model.num_tokens * model.token_bits - model.class_bits
+        raise InvalidInputError(
+            f"bits have shape {list(shape)}; expected as many as l whole tokens have behind the class, "
+            f"{least} and then {model.token_bits} more for each further token, {most} at most"
+        )
 
 
 def _num_classes(model: ModelEntry) -> int:

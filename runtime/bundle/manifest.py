@@ -22,6 +22,8 @@ from .reading import build, parse_json
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 GOLDEN_NAME = "golden.npz"
+#: The constants of decoding, in bundles that decode beliefs; not in those that were built before there were any.
+DECODING_NAME = "decoding.npz"
 
 #: The generated C source of a bundle, from which its `c` engines are compiled.
 C_HEADER, C_SOURCE = "engines/c/rfsq_tokenizer.h", "engines/c/rfsq_tokenizer.c"

@@ -87,7 +87,7 @@ def test_settings_and_a_report_are_written(
     arrays = {name: said[name] for name in ("actions", "episode", *names)}
     assert run(tmp_path, arrays, *of_chunks, "-v") == 0
     printed = capsys.readouterr().out
-    assert "fitted to 2 episodes, judged on 2 others" in printed
+    assert "of 4 episodes, each judged by a fit that leaves it out, 4 fits" in printed
     settings = load_belief_settings(tmp_path / "beliefs.json")
     assert len(settings.temperature) == choices
     form = "tokens" if names == ("logits",) else "classes and bits"

@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from rfsq.export.errors import GateError
 from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.parity import closing_tables
 from rfsq.export.pipeline import build
-from rfsq.export.plan import DeployMode
+from rfsq.export.plan import DecoderPlan, DeployMode
 from rfsq.export.reference import AS_TRAINED, REFITTED
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
@@ -45,6 +45,7 @@ from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.checkpoint_layouts import recorded_hashes, weight_hashes
+from rfsq.runtime.bundle.decoding import StepDecoding
 from rfsq.runtime.bundle.fidelity import Grade, fidelity
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.golden import Golden
@@ -192,7 +193,8 @@ def test_the_default_build_makes_a_bundle_that_a_robot_can_load(built: Built, to
         graph_file(name, form) for name in ("encoder.onnx", "decoder.onnx", "decoder_l3.onnx") for form in LinearForm
     ]
     graphs += [graph_file(name, form) for name in ("belief.onnx", "belief_l3.onnx") for form in BELIEF_FORMS]
-    assert bundle_files(built.output) == sorted([*graphs, C_HEADER, C_SOURCE, CUDA_SOURCE, "golden.npz", MANIFEST_NAME])
+    others = [C_HEADER, C_SOURCE, CUDA_SOURCE, "golden.npz", "decoding.npz", MANIFEST_NAME]
+    assert bundle_files(built.output) == sorted([*graphs, *others])
     assert (manifest.model.mode, manifest.model.chunk_length, tokenizer.prefixes) == ("calibrated", 8, (3, 8))
     assert manifest.engines == ()
     assert tokenizer.fingerprint == manifest.fingerprint
@@ -905,6 +907,22 @@ def test_a_graph_of_beliefs_that_leaves_the_definition_ends_the_build(
             r"^  onnxruntime, beliefs: action error: \S+ over \d+ steps; expected at most", said, re.MULTILINE
         )
         assert "golden vectors: ✗ beliefs, batch 1: action error" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_constants_of_decoding_that_leave_the_definition_end_the_build(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = step_tokens.step_decoding
+
+    def wrong(plans: Sequence[DecoderPlan]) -> StepDecoding:
+        found = right(plans)
+        assert found is not None
+        return replace(found, first_bias=found.first_bias + np.float32(1e-3))
+
+    monkeypatch.setattr(step_tokens, "step_decoding", wrong)
+    assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(small)]) == 1
+    assert re.search(r"^  beliefs that decoding\.npz decodes are off by ", capsys.readouterr().err, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
 
 
