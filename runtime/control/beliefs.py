@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -94,7 +95,7 @@ class BeliefForms:
         if given.layers:
             return ""
         try:
-            found = self._validator.given(given.value, is_logits=given.is_logits, unchecked=2**62)
+            found = self._validator.given(given.value, is_logits=given.is_logits, unchecked=sys.maxsize)
         except InvalidInputError as error:
             return str(error)
         shapes = " and ".join(str(list(part.shape)) for part in found)
@@ -230,7 +231,8 @@ def _views(forms: set[_Shapes]) -> dict[_Shapes, tuple[Float32Array, ...]]:
 class BeliefJudge:
     """Whether the actions of the chunk in service are sure enough. For one thread."""
 
-    #: Of that chunk.
+    #: Whether the chunk in service came as a belief: tokens do not say how sure they are. And what it says.
+    has_belief: bool
     _mode: Int32Array
     _probability: float
 
@@ -252,8 +254,6 @@ class BeliefJudge:
         self._all, self._none = [True] * len(self._std), [False] * len(self._std)
         #: Of every row: whether it does not become uncertain, and whether it ends being so.
         self._is_sure = self._is_surer = self._none
-        #: Whether the chunk in service came as a belief: tokens do not say how sure they are.
-        self.has_belief = False
 
     def take_in(self, decoded: BeliefSlots | None) -> None:
         """Of the chunk that is in service from now on; None for one that came as tokens."""

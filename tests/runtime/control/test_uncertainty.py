@@ -417,6 +417,11 @@ def test_a_mode_that_is_not_sure_makes_all_its_actions_uncertain() -> None:
         assert made.tick().status is Status.UNCERTAIN
 
 
+def test_a_mode_that_nobody_believes_in_is_served_where_there_is_no_limit() -> None:
+    with ScriptedLoop(beliefs=BeliefConfig()) as made:
+        assert made.tick(0.5, std=9.0, mode_probability=0.0).status is Status.OK
+
+
 def test_a_limit_of_one_kind_leaves_the_other_alone() -> None:
     with ScriptedLoop(beliefs=BeliefConfig(std_limit=0.1, leave_factor=0.5)) as made:
         assert made.tick(0.5, std=0.2, mode_probability=0.01).status is Status.UNCERTAIN
