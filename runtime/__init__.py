@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .bundle.errors import SelfTestError as SelfTestError
     from .bundle.errors import TokenizerError as TokenizerError
     from .bundle.errors import UnbuiltPrefixError as UnbuiltPrefixError
+    from .control.belief_config import BeliefConfig as BeliefConfig
     from .control.config import ControlConfig as ControlConfig
     from .control.config import Status as Status
     from .control.decoder import ControlDecoder as ControlDecoder
@@ -63,6 +64,7 @@ _NAMES = {
         "TokenizerError",
         "UnbuiltPrefixError",
     ),
+    "control.belief_config": ("BeliefConfig",),
     "control.config": ("ControlConfig", "Status"),
     "control.decoder": ("ControlDecoder",),
     "control.errors": ("ControlConfigError", "ControlFaultError", "RealtimeRefusedError", "WrongThreadError"),

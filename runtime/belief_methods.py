@@ -142,21 +142,26 @@ class DecodesProbabilities(ABC):
             return self._gpu_beliefs(settings).decode(logits, mode, temperature, stream, is_logits=True)
         return self._beliefs().decode(logits, mode, temperature, settings, seed, is_logits=True)
 
-    # What is given, three arrays to write into, and how.
+    # What is given, four arrays to write into, and how.
     def decode_probabilities_into(  # noqa: PLR0913
         self,
         p: object,
         out: object,
         std_out: object | None = None,
         mode_probability_out: object | None = None,
+        mode_out: object | None = None,
         *,
         mode: BeliefMode = "expected",
         temperature: object = 1.0,
         settings: BeliefSettings | None = None,
         stream: object = None,
     ) -> None:
-        """Like `decode_probabilities`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B]."""
-        self._decode_into(p, (out, std_out, mode_probability_out), mode, temperature, settings, stream, is_logits=False)
+        """Like `decode_probabilities`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B].
+
+        mode_out: int32 [B], or [B, T, D, c] of per-step tokens. Any but the first may be None.
+        """
+        outputs = out, std_out, mode_probability_out, mode_out
+        self._decode_into(p, outputs, mode, temperature, settings, stream, is_logits=False)
 
     def decode_logits_into(  # noqa: PLR0913  # as above
         self,
@@ -164,14 +169,18 @@ class DecodesProbabilities(ABC):
         out: object,
         std_out: object | None = None,
         mode_probability_out: object | None = None,
+        mode_out: object | None = None,
         *,
         mode: BeliefMode = "expected",
         temperature: object = 1.0,
         settings: BeliefSettings | None = None,
         stream: object = None,
     ) -> None:
-        """Like `decode_logits`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B]."""
-        outputs = out, std_out, mode_probability_out
+        """Like `decode_logits`, but for samples, into C-contiguous float32 [B, T, A], [B, T, A] and [B].
+
+        mode_out: int32 [B], or [B, T, D, c] of per-step tokens. Any but the first may be None.
+        """
+        outputs = out, std_out, mode_probability_out, mode_out
         self._decode_into(logits, outputs, mode, temperature, settings, stream, is_logits=True)
 
     def bind_decode_probabilities(  # noqa: PLR0913  # as above
@@ -180,6 +189,7 @@ class DecodesProbabilities(ABC):
         out: object,
         std_out: object | None = None,
         mode_probability_out: object | None = None,
+        mode_out: object | None = None,
         *,
         mode: BeliefMode = "expected",
         temperature: object = 1.0,
@@ -190,7 +200,7 @@ class DecodesProbabilities(ABC):
 
         Runs once, and waits for the stream to do so.
         """
-        outputs = out, std_out, mode_probability_out, None
+        outputs = out, std_out, mode_probability_out, mode_out
         return self._gpu_beliefs().bind(p, outputs, mode, temperature, stream, is_logits=False)
 
     def bind_decode_logits(  # noqa: PLR0913  # as above
@@ -199,13 +209,14 @@ class DecodesProbabilities(ABC):
         out: object,
         std_out: object | None = None,
         mode_probability_out: object | None = None,
+        mode_out: object | None = None,
         *,
         mode: BeliefMode = "expected",
         temperature: object = 1.0,
         stream: object = None,
     ) -> BoundCall:
         """`decode_logits_into`, captured, as `bind_decode_probabilities` is."""
-        outputs = out, std_out, mode_probability_out, None
+        outputs = out, std_out, mode_probability_out, mode_out
         return self._gpu_beliefs().bind(logits, outputs, mode, temperature, stream, is_logits=True)
 
     def _decode_into(  # noqa: PLR0913  # as above
@@ -221,7 +232,7 @@ class DecodesProbabilities(ABC):
     ) -> None:
         if _are_on_gpu(given):
             calls = self._gpu_beliefs(settings)
-            calls.decode_into(given, (*outputs, None), mode, temperature, stream, is_logits=is_logits)
+            calls.decode_into(given, outputs, mode, temperature, stream, is_logits=is_logits)
         else:
             self._beliefs().decode_into(given, outputs, mode, temperature, settings, is_logits=is_logits)
 

@@ -31,8 +31,8 @@ from .bundle.probabilities import (
 )
 from .bundle.validation import CheckedPair, InputValidator
 
-#: Actions, std and the mode's probability, as a caller passes them: the last two may be None.
-Outputs = tuple[object, object, object]
+#: Actions, std, the mode's probability and the mode, as a caller passes them: all but the first may be None.
+Outputs = tuple[object, object, object, object]
 #: Settings that compare by what they hold.
 _PLAIN_SETTINGS = (type(None), BeliefSettings)
 
@@ -125,9 +125,14 @@ class BeliefDecoder:
         """See `ActionTokenizer.decode_probabilities_into`."""
         is_pair = isinstance(value, tuple)
         held, given = self._held, cast(tuple[Any, ...], value if is_pair else (value,))
-        terms = (is_logits, mode, temperature, outputs[1] is None, outputs[2] is None, is_pair and len(given), settings)
+        unwanted = tuple([out is None for out in outputs])
+        terms = (is_logits, mode, temperature, unwanted, is_pair and len(given), settings)
         # Others, such as arrays, compare by rules of their own.
-        is_plain = type(temperature) is float and type(mode) is str and type(settings) in _PLAIN_SETTINGS
+        is_plain = (
+            type(mode) is str
+            and type(settings) in _PLAIN_SETTINGS
+            and (type(temperature) is float or _are_floats(temperature))
+        )
         if held is not None and is_plain and held.terms == terms and held.is_of(given, outputs):
             # Their forms were checked a call ago.
             question = BeliefQuestion(given, held.sharpness, held.is_logits, held.keeps_mode, self._coarse)
@@ -170,16 +175,17 @@ class BeliefDecoder:
         return BeliefQuestion(given, sharpness, is_logits, mode == "likeliest mode", self._coarse)
 
     def _checked(self, given: Given, outputs: Outputs, batch: int) -> BeliefAnswer:
-        """Arrays that can be written into; the last two, where they are wanted."""
-        actions = self._model.actions_shape(batch)
-        named = zip(("out", "std_out", "mode_probability_out"), outputs, (actions, actions, (batch,)), strict=True)
-        found: list[Float32Array | None] = []
-        for place, (name, out, shape) in enumerate(named):
-            if out is None and place:
+        """Arrays that can be written into; all but the first, where they are wanted."""
+        actions, names = self._model.actions_shape(batch), ("out", "std_out", "mode_probability_out", "mode_out")
+        shapes = actions, actions, (batch,), mode_shape(self._model, batch)
+        found: list[AnyArray | None] = []
+        for name, out, shape in zip(names, outputs, shapes, strict=True):
+            if out is None and found:
                 found.append(None)
             else:
                 others = (array for array in found if array is not None)
-                found.append(self._outputs.output(name, out, np.float32, shape, *given, *others))
+                kind = np.int32 if name == "mode_out" else np.float32
+                found.append(self._outputs.output(name, out, kind, shape, *given, *others))
         return BeliefAnswer(*found)  # type: ignore[arg-type]  # the first is never None
 
     def _asked(self, question: BeliefQuestion, scale: Float32Array | None) -> Belief[AnyArray]:
@@ -267,6 +273,10 @@ def _drawn_chunks(model: ChunkModel, question: BeliefQuestion, random: np.random
     known = logits_of((one_hot(mode, model.num_classes),))[0], bit_logits(zeros, ones)
     within = plain_question(known, model, is_logits=True, keeps_mode=False)
     return _Sample(tokens, mode, found.classes.max(axis=1), within)
+
+
+def _are_floats(temperature: object) -> bool:
+    return type(temperature) is tuple and set(map(type, temperature)) == {float}
 
 
 def _paired(given: tuple[Any, ...], outputs: Outputs) -> list[tuple[Any, Any]]:

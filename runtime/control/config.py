@@ -8,7 +8,7 @@ import inspect
 import math
 import os
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Any, Self, TypeVar, cast
@@ -16,8 +16,11 @@ from typing import Any, Self, TypeVar, cast
 import numpy as np
 
 from ..bundle.advice import page
+from ..bundle.belief_settings import load_belief_settings
+from ..bundle.errors import InvalidInputError
 from ..bundle.paths import as_path
 from ..bundle.reading import coerce_fields, read_file
+from .belief_config import BeliefConfig, plain
 from .errors import ControlConfigError
 
 #: In bytes; settings take a few KB.
@@ -52,6 +55,7 @@ class Status(IntEnum):
     STALE = 5
     NOT_READY = 6
     BACKEND_FAULT = 7
+    UNCERTAIN = 8
 
     # The name is written; IntEnum would write the number.
     def __str__(self) -> str:
@@ -121,7 +125,8 @@ class ControlConfig:
     decoder stands still until `reset()`; 0 for never. new_weight: of the newer chunk in `weighted_average`.
     ensemble_decay, ensemble_chunks: m of exp(-m i), i = 0 for the oldest, and over how many chunks. deadline_us: None
     for none. use_worker: decode in a thread, so that one that hangs can be left behind. record_ticks: length of the
-    flight recorder, 0 for none; record_folder: where it is written after a fault.
+    flight recorder, 0 for none; record_folder: where it is written after a fault. beliefs: how logits and probabilities
+    of tokens are taken; None for a loop that takes tokens alone.
 
     >>> config = ControlConfig(
     ...     period_s=0.02,
@@ -159,9 +164,10 @@ class ControlConfig:
     record_folder: str | None = None
     record_interval_s: float = 10.0
     log_interval_s: float = 1.0
+    beliefs: BeliefConfig | None = None
 
     def __post_init__(self) -> None:
-        coerce_fields(self, ControlConfigError, _of_python)
+        coerce_fields(self, ControlConfigError, plain)
         self._check_numbers()
         self._check_dimensions()
         if self.record_folder is not None:
@@ -183,6 +189,12 @@ class ControlConfig:
             ) from error
         except (ValueError, RecursionError) as error:
             raise ControlConfigError(f"{file} is no TOML: {error}; see {page('control_loop')}") from error
+        beliefs = values.get("beliefs")
+        if isinstance(beliefs, dict) and isinstance(settings := beliefs.get("settings"), str):
+            try:
+                values["beliefs"] = {**beliefs, "settings": load_belief_settings(settings)}
+            except InvalidInputError as error:
+                raise ControlConfigError(f"{file}: beliefs.settings: {error}") from error
         return cls.from_values(values, str(file))
 
     @classmethod
@@ -200,11 +212,8 @@ class ControlConfig:
 
     def to_values(self) -> dict[str, Any]:
         """The settings as `from_values` takes them, in types of JSON."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-            if value is not None
-        }
+        values: dict[str, Any] = _as_json(self)
+        return values
 
     @property
     def action_dim(self) -> int:
@@ -250,6 +259,8 @@ class ControlConfig:
                     f"{name} has {len(getattr(self, name))} values and action_low {size}; expected one per action "
                     "dimension in both: complete them"
                 )
+        if self.beliefs is not None:
+            self.beliefs.check_dimensions(size)
         are_dimensions = all(type(index) is int and 0 <= index < size for index in self.gripper)
         if not are_dimensions or len(set(self.gripper)) != len(self.gripper):
             raise ControlConfigError(
@@ -310,16 +321,11 @@ def _require_all(kind: type[Any], given: Collection[str], source: str) -> None:
         raise ControlConfigError(f"{source}: {', '.join(missing)} missing; there is no safe default: set them")
 
 
-def _of_python(value: object) -> object:
-    """Numbers and arrays of numpy as Python's own; everything else as it is."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    # No setting is a list of lists, and one that holds itself has no end.
-    return [_number(entry) for entry in value] if isinstance(value, (list, tuple)) else _number(value)
-
-
-def _number(value: object) -> object:
-    # What is wider than Python's own float stays numpy's in `item`.
-    if isinstance(value, np.floating):
-        return float(value)
-    return value.item() if isinstance(value, np.generic) else value
+def _as_json(value: object) -> Any:
+    """Of a dataclass all that is not None, by name."""
+    if dataclasses.is_dataclass(value):
+        named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: _as_json(part) for name, part in named.items() if part is not None}
+    if isinstance(value, Mapping):
+        return {name: _as_json(part) for name, part in value.items()}
+    return list(value) if isinstance(value, tuple) else value

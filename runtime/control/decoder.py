@@ -14,6 +14,7 @@ from ..bundle.arrays import Float32Array
 from ..bundle.errors import CannotCopyError
 from ..bundle.paths import as_path
 from ..tokenizer import ActionTokenizer
+from .beliefs import GivenBelief, check_beliefs
 from .chain import BackendChain
 from .config import ControlConfig, OnFault, Status
 from .errors import ControlConfigError, ControlFaultError, WrongThreadError, in_words, is_from_outside
@@ -54,6 +55,7 @@ class ControlDecoder:
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         model = tokenizer.model
+        check_beliefs(config, (tokenizer, *fallbacks))
         if config.action_dim != model.action_dim:
             raise ControlConfigError(
                 f"the settings have {config.action_dim} action dimensions; expected {model.action_dim}, as the bundle "
@@ -68,7 +70,9 @@ class ControlDecoder:
         self.config, self._clock = config, steady(clock)
         self._tokenizers = (tokenizer, *fallbacks)
         self._guard = ActionGuard(config, model.chunk_length, position)
-        self._recorder = FlightRecorder(config.record_ticks, model) if config.record_ticks else None
+        self._recorder = None
+        if config.record_ticks:
+            self._recorder = FlightRecorder(config.record_ticks, model, has_beliefs=config.beliefs is not None)
         self.health = Health()
         self._tick_log = TickLog(config, self._clock, self._recorder, self.health)
         self._loop = ControlLoop(config, model, self._guard, self._tick_log, self._clock)
@@ -107,19 +111,23 @@ class ControlDecoder:
         self._owner = _thread()
         _WARM.add(self)
 
-    def step(  # noqa: C901  # the two nets under a tick, which no call may stand between
+    def step(  # noqa: C901, PLR0913  # the two nets under a tick, which no call may stand between
         self,
         tokens: object = None,
         *,
+        logits: object = None,
+        probabilities: object = None,
         deadline_us: float | None = None,
         stats: Float32Array | None = None,
         sequence: int | None = None,
         observed_ns: int | None = None,
     ) -> ControlResult:
-        """The action of this tick. Call it once per tick, with the tokens that have arrived, or None.
+        """The action of this tick. Call it once per tick, with what has arrived: tokens, logits, probabilities or None.
 
-        tokens: int32 or int64 [1, T, D, l] (uint8 too) or [1, l] (uint16 too), l a built prefix. deadline_us: from now,
-        in place of the settings' own. stats: float32 [1, T, l, 2], for `dynamic` bundles. sequence: of the chunk,
+        tokens: int32 or int64 [1, T, D, l] (uint8 too) or [1, l] (uint16 too), l a built prefix. logits, probabilities:
+        float32, as `ActionTokenizer.decode_logits` takes them, of one chunk, where the settings have `beliefs`. An
+        action that is too uncertain is UNCERTAIN; `result.belief` says how far it may be off. deadline_us: from now, in
+        place of the settings' own. stats: float32 [1, T, l, 2], for `dynamic` bundles. sequence: of the chunk,
         counting up; the same one with a larger l takes the place of the draft that came before.
         observed_ns: when the policy looked, on this decoder's clock: action i is for that time + i periods.
 
@@ -143,6 +151,8 @@ class ControlDecoder:
                 still.before = sent
                 result.shown = still
                 pauses = self._pauses_gc and (gc.isenabled() or self._is_gc_paused)
+                if logits is not None or probabilities is not None:
+                    tokens = GivenBelief(tokens, logits, probabilities)
                 try:
                     if pauses:
                         self._is_gc_paused = True

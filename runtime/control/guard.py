@@ -56,6 +56,7 @@ class ActionGuard:
         self._keep = [
             kind is ActionKind.ABSOLUTE or index in config.gripper for index, kind in enumerate(config.action_kind)
         ]
+        self._grippers = config.gripper
         self._needed = [index for index, kept in enumerate(self._keep) if kept]
         self._limits_chunks = config.out_of_range is OutOfRange.LIMIT
         # Results of comparisons, compared as bytes.
@@ -145,6 +146,20 @@ class ActionGuard:
                 return True
         self.values, self.actions = values, action.copy()
         return False
+
+    def slow(self, action: Float32Array, factor: float) -> bool:
+        """Like `limit`, but go only `factor` of the way from standing still to `action`.
+
+        A motion becomes `factor` of it; an absolute dimension goes `factor` of the way from its last command. Grippers
+        keep theirs: half open is no way between open and closed, and what is closed once may be broken.
+        """
+        values = []
+        for index, (value, before, kept) in enumerate(_zip(action.tolist(), self.sent, self._keep)):
+            still = before if kept else 0.0
+            values.append(before if index in self._grippers else still + factor * (value - still))
+        allowed = self._nearest(values, self.sent)
+        self._choose(allowed)
+        return allowed != values
 
     def hold(self) -> None:
         """Choose to stand still: absolute dimensions and grippers stay, deltas go to 0 as fast as the slew allows."""

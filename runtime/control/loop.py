@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.arrays import Float32Array
 from ..bundle.models import ModelEntry
 from ..bundle.validation import token_types
+from .belief_config import WhenUncertain
+from .beliefs import BeliefJudge
 from .chain import BackendChain
 from .config import ControlConfig, OutOfRange, Status
 from .errors import in_words, is_from_outside
@@ -22,6 +25,7 @@ from .tick_log import TickLog
 # Bound names: Python finds a member of an enum more slowly than numpy adds seven numbers.
 _OK, _DEADLINE_MISS, _BAD_TOKEN, _STALE = Status.OK, Status.DEADLINE_MISS, Status.BAD_TOKEN, Status.STALE
 _OUT_OF_RANGE, _NOT_READY, _BACKEND_FAULT = Status.OUT_OF_RANGE, Status.NOT_READY, Status.BACKEND_FAULT
+_UNCERTAIN = Status.UNCERTAIN
 _now = time.monotonic_ns
 _Array = np.ndarray
 #: The deadline of ticks that are only rehearsed.
@@ -55,6 +59,9 @@ class ControlLoop:
         self._queue = action_queue(config, model.chunk_length)
         self._allowed_ns = None if config.deadline_us is None else nanoseconds(config.deadline_us)
         self._is_limiting = config.out_of_range is OutOfRange.LIMIT
+        self._judge = None if config.beliefs is None else BeliefJudge(config, config.beliefs, model)
+        #: `LoopState.doubt` before the tick under way.
+        self._doubt = 0
 
     def rehearse(self, chain: BackendChain) -> None:
         """Run ticks on each backend and throw them away, so that the first real one finds every cache filled."""
@@ -64,6 +71,10 @@ class ControlLoop:
                 found.is_healthy = found is warm
             for _ in range(self._length):
                 self.tick(self.outcomes[0], *warm.probe, None, None, _REHEARSAL_US)
+                if warm.beliefs is not None:
+                    self.tick(self.outcomes[0], warm.beliefs.probe, None, None, None, _REHEARSAL_US)
+                    # It may be too uncertain, and stand still.
+                    self.state.latched = None
         for found in chain.warm:
             found.is_healthy = True
 
@@ -94,6 +105,7 @@ class ControlLoop:
         self._out = out = second if sent is first else first
         out.detail, out.tick, out.sequence, out.backend = "", sent.tick, sent.sequence, sent.backend
         out.is_held = out.fell_back = out.is_limited = out.is_accepted = False
+        out.belief = None
         out.begin, out.stamps = NO_NUMBER, NO_STAMPS
         self._guard.sent = sent.values
         if sequence is not None or observed_ns is not None:
@@ -110,7 +122,8 @@ class ControlLoop:
                 if allowed_ns is not None and now - begin > allowed_ns:
                     out.status = self._explain_late(now - begin, deadline_us)
                 elif self._queue.first_observed_ns < now - self._stale_ns:
-                    out.status = self._serve(now, self.state.line[0], out.status)
+                    status = _OK if out.status is _UNCERTAIN else out.status
+                    out.status = self._serve(now, self.state.line[0], status)
             elif out.status is _BAD_TOKEN and not out.detail:
                 out.detail = self._order.wrong_form(tokens, sequence, observed_ns)
         except Exception as error:
@@ -151,6 +164,7 @@ class ControlLoop:
         """The status of this tick; its action is in the guard unless the tick is held."""
         state, order = self.state, self._order
         counted, last = state.line
+        self._doubt = state.doubt
         # A tick that was broken off, or without a clock, has been shown under a number that no clock has given.
         shown = self._out.tick
         if shown > counted:
@@ -199,15 +213,44 @@ class ControlLoop:
             if status is _OK:
                 return self._hold(_STALE if state.has_begun else _NOT_READY, state.why_empty)
             return self._hold(status, f"{out.detail}; and there is nothing else: {state.why_empty}")
+        judge = self._judge
+        if judge is not None and judge.has_belief:
+            return self._serve_believed(action, judge, tick, status)
         out.is_limited = self._guard.limit(action)
         return status
+
+    def _serve_believed(self, action: Float32Array, judge: BeliefJudge, tick: int, status: Status) -> Status:
+        """Serve an action that came as a belief as far as it is sure enough; status: of the chunk on this tick."""
+        out, state, guard, beliefs = self._out, self.state, self._guard, self._config.beliefs
+        assert beliefs is not None
+        *_, start = state.service
+        row = tick - start
+        out.belief = judge.believed(row)
+        # Of the doubt before this tick: it may be served twice, where something has become too old meanwhile.
+        state.doubt = judge.doubt_after(self._doubt, row)
+        if not state.doubt:
+            out.is_limited = guard.limit(action)
+            return status
+        why = judge.why(row)
+        if not out.detail.endswith(why):
+            out.detail = f"{out.detail}; and {why}" if out.detail else why
+        if beliefs.when_uncertain is WhenUncertain.HOLD:
+            out.is_held = True
+        elif beliefs.when_uncertain is WhenUncertain.SLOW:
+            out.is_limited = guard.slow(action, beliefs.slow_factor)
+        else:
+            out.is_limited = guard.limit(action)
+        return _UNCERTAIN
 
     def _receive(self, begin: int, tick: int, tokens: Any, stats: object) -> Status:
         """Check, decode and queue a chunk. STALE leaves the older chunk in service."""
         out, state, order = self._out, self.state, self._order
         stamps = out.stamps
-        layers = order.layers_of.get(tokens.shape) if type(tokens) is _Array else None
-        if layers is None or tokens.dtype not in self._token_types or WRONG_NUMBER in stamps:
+        if type(tokens) is _Array:
+            layers = order.layers_of.get(tokens.shape, 0) if tokens.dtype in self._token_types else 0
+        else:
+            layers = order.layers_believed(tokens)
+        if not layers or WRONG_NUMBER in stamps:
             # `tick` says what is wrong: it has the arguments as they were given.
             return _BAD_TOKEN
         service, is_queued = state.service, state.is_queued
@@ -228,6 +271,8 @@ class ControlLoop:
         number, observed, _, start = placed
         is_swap = is_queued and number == last_number and observed == last_observed
         self._queue.push(chain.chunk, start, observed, is_swap=is_swap)
+        if self._judge is not None:
+            self._judge.take_in(chain.decoded)
         state.service = placed
         out.is_accepted = state.has_begun = state.is_queued = True
         state.why_empty = RUN_OUT

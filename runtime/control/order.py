@@ -13,6 +13,7 @@ import numpy as np
 
 from ..bundle.models import ModelEntry
 from ..bundle.validation import as_array_advice, kind_of, listed, token_types
+from .beliefs import BeliefForms, GivenBelief
 from .config import ControlConfig
 from .errors import ClockFaultError, in_words, is_from_outside
 from .result import NO_NUMBER, WRONG_NUMBER, InService
@@ -34,8 +35,14 @@ class ChunkOrder:
         self._length, self._types = model.chunk_length, token_types(model)
         #: Legal shapes of tokens, with the length of the last axis.
         self.layers_of = {model.tokens_shape(1, prefix): prefix for prefix in model.prefixes}
+        self._forms = None if config.beliefs is None else BeliefForms(model, config.beliefs)
         lengths = f"one of the layers {list(model.prefixes)}" if model.token_grid else f"from 1 to {model.depth} tokens"
         self._expected = f"{[1, *model.token_grid]} and {lengths}"
+
+    def layers_believed(self, given: object) -> int:
+        """How many layers, or chunk tokens, a belief of one chunk has; 0 for one that is not taken by its form, and for
+        all else."""
+        return 0 if self._forms is None or type(given) is not GivenBelief else self._forms.accept(given)
 
     def next_tick(self, begin: int, line: tuple[int, int], service: InService | None) -> int:
         """The number of the tick that begins now. line: number and beginning of the last one.
@@ -113,6 +120,22 @@ class ChunkOrder:
 
     def wrong_form(self, tokens: object, sequence: object, observed_ns: object) -> str:
         """Which of the arguments is wrong, and why; one of them is."""
+        if type(tokens) is GivenBelief:
+            if self._forms is None:
+                return "logits or probabilities were given; expected tokens: set beliefs in the settings to take both"
+            found = self._forms.wrong_form(tokens)
+        else:
+            found = self._wrong_tokens(tokens)
+        if found:
+            return found
+        is_first = stamp(sequence) == WRONG_NUMBER
+        name, value = ("sequence", sequence) if is_first else ("observed_ns", observed_ns)
+        is_int = type(value) is int or isinstance(value, np.integer)
+        found = "beyond it" if is_int else f"a {type(value).__qualname__}"
+        return f"{name} is {found}; expected an int between -2**62 and 2**62: correct what the policy sends"
+
+    def _wrong_tokens(self, tokens: object) -> str:
+        """What is wrong with the form of tokens; empty for nothing."""
         if type(tokens) is not _Array:
             advice = as_array_advice("tokens", tokens, is_float=False)
             return f"tokens is a {kind_of(tokens)}; expected a numpy.ndarray{advice}"
@@ -123,11 +146,7 @@ class ChunkOrder:
             )
         if tokens.dtype not in self._types:
             return f"tokens have type {tokens.dtype}; expected {listed(self._types)}: send what encoding gives"
-        is_first = stamp(sequence) == WRONG_NUMBER
-        name, value = ("sequence", sequence) if is_first else ("observed_ns", observed_ns)
-        is_int = type(value) is int or isinstance(value, np.integer)
-        found = "beyond it" if is_int else f"a {type(value).__qualname__}"
-        return f"{name} is {found}; expected an int between -2**62 and 2**62: correct what the policy sends"
+        return ""
 
 
 def steady(clock: Callable[[], int]) -> Callable[[], int]:

@@ -14,18 +14,22 @@ from typing import Any
 
 import numpy as np
 
+from ..backends.beliefs import mode_shape
 from ..bundle.arrays import AnyArray, Float32Array, Int32Array
 from ..bundle.models import ModelEntry
 from ..bundle.paths import as_path, replacing
 from ..bundle.reading import regular_file
 from ..bundle.validation import token_types
+from .beliefs import GivenBelief
 from .config import Status
 from .errors import FlightRecordError
 from .result import NONE_YET, RUN_OUT, LoopState, TickOutcome
 
-SCHEMA = 2
-#: Tokens or stats of a tick: none came; they are in the record; they came but do not fit into it.
-ABSENT, KEPT, UNKEPT = 0, 1, 2
+#: 2 has no beliefs, and is read as well.
+SCHEMA, _BEFORE_BELIEFS = 3, 2
+#: Tokens or stats of a tick: none came; they are in the record; they came but do not fit into it; of tokens alone: a
+#: belief came in their place, which is too large to be kept: what it decoded to is, if it did.
+ABSENT, KEPT, UNKEPT, BELIEVED = 0, 1, 2, 3
 #: Flags of a tick. ACCEPTED: its chunk was. QUEUED: something may be served after it. BEGUN: a chunk has come since the
 #: start. RESET: the row is no tick, but says where the robot was when the decoder was started or reset.
 HELD, LATCHED, FELL_BACK, ACCEPTED, QUEUED, BEGUN, RESET = 1, 2, 4, 8, 16, 32, 64
@@ -48,7 +52,10 @@ COLUMNS = {
     "token_state": np.int8,
     "layers": np.int16,
     "stats_state": np.int8,
+    "doubt": np.int32,
 }
+#: What a belief decoded to, by name; their rows are empty where the loop takes none.
+BELIEF_ARRAYS = {"chunks": np.float32, "std": np.float32, "mode_probability": np.float32, "mode": np.int32}
 #: The bytes that the arrays of a record may take: enough for a million ticks.
 _SIZE_LIMIT = 2**32
 #: What reading a damaged file raises, or one that is no record.
@@ -66,7 +73,7 @@ class FlightRecorder:
     Keeps a chunk's length more than `ticks`: to replay the first of them, those before have to fill the queue.
     """
 
-    def __init__(self, ticks: int, model: ModelEntry) -> None:
+    def __init__(self, ticks: int, model: ModelEntry, *, has_beliefs: bool = False) -> None:
         size = ticks + model.chunk_length + 1
         self._size = size
         # One call packs all numbers of a tick; assigning them one by one takes three times as long.
@@ -85,6 +92,12 @@ class FlightRecorder:
         #: Shapes of tokens, and of the stats beside them, with the length of the last axis of tokens.
         self._depths = {model.tokens_shape(1, count): count for count in range(1, model.depth + 1)}
         self._stats_depths = {model.stats_shape(1, count): count for count in self._depths.values() if model.has_stats}
+        numbers = math.prod(model.actions_shape(1)) * has_beliefs
+        sizes = numbers, numbers, int(has_beliefs), math.prod(mode_shape(model, 1)) * has_beliefs
+        self._beliefs = {
+            name: np.zeros((size, number), kind)
+            for (name, kind), number in zip(BELIEF_ARRAYS.items(), sizes, strict=True)
+        }
         self.written = 0
 
     def add(  # noqa: C901  # a call for the flags would take longer than they do
@@ -106,7 +119,9 @@ class FlightRecorder:
             flags |= BEGUN
         index = self.written % self._size
         token_state = layers = stats_state = ABSENT
-        if tokens is not None:
+        if isinstance(tokens, GivenBelief):
+            token_state, layers = self._add_belief(tokens, index)
+        elif tokens is not None:
             token_state = UNKEPT
             # What the loop refuses by its form is not kept, or a replay would accept it as the int32 in the record.
             depth = self._depths.get(tokens.shape) if type(tokens) is _Array else None
@@ -128,9 +143,22 @@ class FlightRecorder:
         self._pack(
             self._bytes, index * self._stride, tick, begin, out.latency_ns, out.status, flags, state.used, state.faults,
             sequence, observed, service_layers, start, given_sequence, given_observed, token_state, layers, stats_state,
+            state.doubt,
         )  # fmt: skip
         self._action_rows[index][...] = out.actions
         self.written += 1
+
+    def _add_belief(self, given: GivenBelief, index: int) -> tuple[int, int]:
+        """State and layers of a belief; where it did not decode, the row has NaN."""
+        if not given.layers:
+            return UNKEPT, 0
+        decoded = given.decoded
+        for name, rows in self._beliefs.items():
+            if decoded is not None:
+                rows[index] = decoded.answers[name].reshape(-1)
+            elif name != "mode":
+                rows[index] = np.nan
+        return BELIEVED, given.layers
 
     def copy(self) -> dict[str, AnyArray]:
         """The rows in the order of their ticks, by name of the column or array."""
@@ -140,6 +168,7 @@ class FlightRecorder:
             name: numbers[:, place].astype(kind) for place, (name, kind) in enumerate(COLUMNS.items())
         }
         arrays.update(actions=self._actions.copy(), tokens=self._tokens.copy(), stats=self._stats.copy())
+        arrays.update({name: rows.copy() for name, rows in self._beliefs.items()})
         # The tick under way may have written into its row already.
         overwritten = self.written + 1 - before
         first = max(0, before - self._size + overwritten)
@@ -149,13 +178,14 @@ class FlightRecorder:
 
 @dataclass(frozen=True, eq=False)
 class FlightRecord:
-    """A flight record as read. columns: by name, each with one entry per tick."""
+    """A flight record as read. columns: by name, each with one entry per tick; beliefs: `BELIEF_ARRAYS`, likewise."""
 
     meta: dict[str, Any]
     columns: dict[str, AnyArray]
     actions: Float32Array
     tokens: Int32Array
     stats: Float32Array
+    beliefs: dict[str, AnyArray]
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -170,6 +200,10 @@ class FlightRecord:
             return None
         *grid, _ = self.meta["token_shape"]
         return _cut(self.tokens[index], (1, *grid, int(self.columns["layers"][index]))).copy()
+
+    def belief_of(self, index: int) -> dict[str, AnyArray]:
+        """What the belief that came on this tick decoded to, by name, flat; NaN where it did not."""
+        return {name: rows[index] for name, rows in self.beliefs.items()}
 
     def stats_of(self, index: int) -> Float32Array | None:
         """The stats, float32 [1, T, l, 2], that came with the tokens; None if they are not in the record."""
@@ -213,6 +247,7 @@ def state_after(row: dict[str, int]) -> LoopState:
         has_begun=bool(flags & BEGUN),
         is_queued=bool(flags & QUEUED),
         why_empty=RUN_OUT if flags & BEGUN else NONE_YET,
+        doubt=row["doubt"],
     )
 
 
@@ -229,18 +264,25 @@ def read_record(path: str | os.PathLike[str]) -> FlightRecord:
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(arrays.pop("meta").tobytes())
         schema = meta["schema"]
-        if schema == SCHEMA:
+        if schema == _BEFORE_BELIEFS:
+            ticks = len(arrays["actions"])
+            arrays["doubt"] = np.zeros(ticks, np.int32)
+            arrays |= {name: np.zeros((ticks, 0), kind) for name, kind in BELIEF_ARRAYS.items()}
+        if schema in (_BEFORE_BELIEFS, SCHEMA):
             return _checked(path, meta, arrays)
     except _DAMAGE as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise FlightRecordError(f"{path} is no flight record: {reason}; pass a .npz that a decoder wrote") from error
-    raise FlightRecordError(f"{path} has schema {schema}; expected {SCHEMA}: replay it with the version it is of")
+    raise FlightRecordError(
+        f"{path} has schema {schema}; expected {_BEFORE_BELIEFS} or {SCHEMA}: replay it with the version it is of"
+    )
 
 
 def _checked(path: Path, meta: dict[str, Any], arrays: dict[str, AnyArray]) -> FlightRecord:
     *grid, depth = sizes = meta["token_shape"]
     columns = {name: arrays[name].astype(kind, casting="same_kind") for name, kind in COLUMNS.items()}
     actions, tokens, stats = arrays["actions"], arrays["tokens"], arrays["stats"]
+    beliefs = {name: arrays[name] for name in BELIEF_ARRAYS}
     ticks = len(actions)
     is_whole = (
         all(type(number) is int and number > 0 for number in sizes)
@@ -257,7 +299,24 @@ def _checked(path: Path, meta: dict[str, Any], arrays: dict[str, AnyArray]) -> F
         and not np.any((columns["layers"] < 0) | (columns["layers"] > depth))
         and not np.any((columns["status"] < 0) | (columns["status"] >= len(Status)))
         and not (np.any(columns["stats_state"] == KEPT) and not stats.size)
+        and _have_beliefs(beliefs, actions, bool(np.any(columns["token_state"] == BELIEVED)))
     )
     if not is_whole:
         raise FlightRecordError(f"{path} has arrays that do not fit together; it is damaged: take another record")
-    return FlightRecord(meta, columns, actions, tokens, stats)
+    return FlightRecord(meta, columns, actions, tokens, stats, beliefs)
+
+
+def _have_beliefs(beliefs: dict[str, AnyArray], actions: AnyArray, are_needed: bool) -> bool:
+    """Whether these arrays fit together, and are there where they are needed."""
+    ticks, action_dim = actions.shape
+    are_rows = all(
+        rows.dtype == kind and rows.ndim == 2 and len(rows) == ticks
+        for rows, kind in zip(beliefs.values(), BELIEF_ARRAYS.values(), strict=True)
+    )
+    if not are_rows:
+        return False
+    chunks, std, probability, mode = (rows.shape[1] for rows in beliefs.values())
+    if not chunks:
+        return not (std or probability or mode or are_needed)
+    are_chunks: bool = chunks == std and chunks % action_dim == 0
+    return are_chunks and probability == 1 and mode > 0

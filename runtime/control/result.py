@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.arrays import Float32Array
+from ..bundle.arrays import Float32Array, Int32Array
 from .config import Status
 
 #: In place of a number: none was given; what was given is no number.
@@ -34,6 +34,19 @@ RUN_OUT = "the last chunk has run out; expected a new one: look at the policy"
 BROKEN_OFF = "the tick was broken off"
 NO_STAMPS = NO_NUMBER, NO_NUMBER
 ADVICE = "it was raised from outside; send this action, or stop the robot"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TickBelief:
+    """What the policy believed of the action of a tick, by the newest chunk.
+
+    std: float32 [A], in the unit of the action; mode_probability: of the likeliest mode of its chunk; mode: int32, its
+    class [], or its coarse tokens [T, D, c].
+    """
+
+    std: Float32Array
+    mode_probability: float
+    mode: Int32Array = field(repr=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +69,7 @@ class TickOutcome:
     backend: str = ""
     detail: str = ""
     latency_ns: int = 0
+    belief: TickBelief | None = None
     begin: int = NO_NUMBER
     stamps: tuple[int, int] = NO_STAMPS
     is_accepted: bool = False
@@ -72,6 +86,7 @@ class LoopState:
     line: number and beginning of the last tick, as one tuple: a tick that is broken off changes both or neither.
     used: index of the backend that decoded last, INTERNAL if the decoder itself has failed since. has_begun: a chunk
     has been accepted since the start; is_queued: actions of it may be left; why_empty: why, once none is left.
+    doubt: 0, or after an uncertain action how many served ticks in a row have to be sure until nothing is uncertain.
     """
 
     line: tuple[int, int] = (0, NO_NUMBER)
@@ -82,6 +97,7 @@ class LoopState:
     has_begun: bool = False
     is_queued: bool = False
     why_empty: str = NONE_YET
+    doubt: int = 0
 
 
 class BrokenOff:
@@ -148,6 +164,9 @@ class ControlResult:
     tick: int = _of_shown("tick")
     sequence: int = _of_shown("sequence", "The sequence number of the chunk in service; -1 for none.")
     latency_ns: int = _of_shown("latency_ns")
+    belief: TickBelief | None = _of_shown(
+        "belief", "What the policy believed of this action; None where it came as tokens, or nothing was due."
+    )
 
     @property
     def latency_us(self) -> float:

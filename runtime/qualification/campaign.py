@@ -22,12 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..backends.beliefs import decodes_beliefs
 from ..backends.contract import Backend
 from ..backends.registry import PREFERENCE
 from ..bundle.backend_specs import BACKENDS
 from ..bundle.command import DONE, WANTING, CommandParser, Outcome, natural, run
 from ..bundle.errors import InvalidInputError, TokenizerError
 from ..bundle.folder import open_bundle
+from ..control.belief_config import WhenUncertain
 from ..control.config import ActionKind, OnFault, OutOfRange, Status, Strategy
 from ..tokenizer import ActionTokenizer
 from .fault_report import FaultReport
@@ -55,6 +57,11 @@ SETUPS: tuple[Setup, ...] = (
     ),
     *(Setup(has_fallback=has, on_fault=OnFault.RAISE, action_kind=None) for has in (False, True)),
     *(Setup(strategy, out_of_range=OutOfRange.LIMIT, action_kind=None) for strategy in Strategy),
+    *(
+        Setup(strategy, action_kind=None, when_uncertain=when)
+        for strategy in Strategy
+        for when in (WhenUncertain.SLOW, WhenUncertain.ASK)
+    ),
 )
 
 
@@ -122,7 +129,8 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
     """Inject that many faults, equally many in each setup; rare kinds come at most once in each."""
     begin = time.monotonic()
     rng = random.Random(seed)
-    kinds = kinds_with(nan_backends or {}, tokenizer.model)
+    takes_beliefs = all(decodes_beliefs(found.backend) for found in (tokenizer, fallback or tokenizer))
+    kinds = kinds_with(nan_backends or {}, tokenizer.model, takes_beliefs=takes_beliefs)
     # All kinds in random order, again and again.
     deck = itertools.chain.from_iterable(rng.sample(kinds, len(kinds)) for _ in itertools.count())
     report = FaultReport()

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backends.beliefs import BeliefAnswer, BeliefQuestion, decodes_beliefs
 from ..backends.contract import Backend
 from ..backends.registry import create_backend
 from ..bundle.arrays import Float32Array, Int32Array
@@ -98,6 +99,17 @@ class FaultyBackend:
         self._backend.close()
 
     def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
+        self._decode(actions, lambda: self._backend.decode_into(tokens, stats, actions))
+
+    def decode_belief_into(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
+        backend: Any = self._backend
+        self._decode(answer.actions, lambda: backend.decode_belief_into(question, answer))
+
+    @property
+    def has_beliefs(self) -> bool:
+        return decodes_beliefs(self._backend)
+
+    def _decode(self, actions: Float32Array, decode: Callable[[], None]) -> None:
         fault = self.fault
         if fault in _RAISED:
             kind, message = _RAISED[fault]
@@ -110,7 +122,7 @@ class FaultyBackend:
             self._hang()
         elif fault == Fault.SLOW:
             self._pause(self.delay_s)
-        self._backend.decode_into(tokens, stats, actions)
+        decode()
         if fault in _WRITTEN:
             place, value = _WRITTEN[fault]
             actions[place] = value

@@ -15,9 +15,12 @@ import numpy as np
 from ..backends.contract import Backend
 from ..bundle.arrays import Codes
 from ..bundle.models import ModelEntry
+from ..control.belief_config import WhenUncertain
 from ..control.config import OnFault, OutOfRange, Status
 from ..control.errors import WrongThreadError
 from ..control.realtime import Watchdog
+from . import belief_faults
+from .belief_faults import BAD_BELIEFS
 from .injection import Fault
 from .rig import MOST_FAULTS, PATIENCE_S, PERIOD_S, Answer, Rig, Setup
 from .token_faults import BAD_TOKENS, LEGAL_TOKENS, Change
@@ -57,6 +60,8 @@ class Kind:
         # A chunk of one action leaves nothing to be served in place of a stale one.
         is_drained = self.status is Status.STALE and chunk_length == 1
         is_held = (self.is_held or is_drained) and not limits
+        if self.status is Status.UNCERTAIN:
+            is_held = setup.when_uncertain is WhenUncertain.HOLD
         is_latched = is_held and (self.latches or setup.on_fault is OnFault.STOP)
         return Answer(self.status, is_held, fell_back=False, is_latched=is_latched)
 
@@ -324,11 +329,36 @@ _CHUNK_KINDS: tuple[Kind, ...] = tuple(
 )
 
 
-def kinds_with(nan_backends: Mapping[str, Backend], model: ModelEntry) -> tuple[Kind, ...]:
-    """KINDS, those of this kind of tokens, and one more for every real backend whose weights are NaN."""
+def _failing_on_belief(fault: Fault, rig: Rig) -> Answer:
+    rig.backend.fault = fault
+    return rig.believe(rig.certain(rig.pick()))
+
+
+#: Where beliefs are taken, too.
+BELIEF_KINDS: tuple[Kind, ...] = (
+    *(Kind(name, Status.BAD_TOKEN, partial(belief_faults.sent, change)) for name, change in BAD_BELIEFS.items()),
+    Kind("flat belief", Status.UNCERTAIN, belief_faults.flat),
+    Kind("belief that flips between modes", Status.UNCERTAIN, belief_faults.flipping),
+    Kind("belief that trembles about its limit", Status.UNCERTAIN, belief_faults.trembling),
+    Kind("belief from long ago", _STALE, belief_faults.late, is_held=False),
+    Kind("tokens, and their belief again", _STALE, belief_faults.again, is_held=False),
+    Kind("belief of a draft, and of its whole", Status.OK, belief_faults.longer, is_held=False),
+    _backend("backend raises on a belief", _FAULT, partial(_failing_on_belief, Fault.RAISES)),
+    _backend("backend gives NaN for a belief", Status.NONFINITE, partial(_failing_on_belief, Fault.NAN)),
+    _backend(
+        "backend writes nothing for a belief", Status.NONFINITE, partial(_failing_on_belief, Fault.WRITES_NOTHING)
+    ),
+)
+
+
+def kinds_with(
+    nan_backends: Mapping[str, Backend], model: ModelEntry, *, takes_beliefs: bool = False
+) -> tuple[Kind, ...]:
+    """KINDS, those of this kind of tokens and of beliefs, and one for every real backend whose weights are NaN."""
     weights = {f"NaN weights in {name}": partial(_nan_weights, backend) for name, backend in nan_backends.items()}
     return (
         *KINDS,
         *(() if model.token_grid else _CHUNK_KINDS),
+        *(BELIEF_KINDS if takes_beliefs else ()),
         *(_backend(name, Status.NONFINITE, inject) for name, inject in weights.items()),
     )

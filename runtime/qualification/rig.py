@@ -12,8 +12,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..backends.beliefs import decodes_beliefs
 from ..bundle.arrays import Codes, Float32Array, Float64Array, Int32Array
+from ..bundle.probabilities import one_hot
 from ..bundle.validation import token_types
+from ..control.belief_config import BeliefConfig, WhenUncertain
 from ..control.config import ActionKind, ControlConfig, OnFault, OutOfRange, Status, Strategy
 from ..control.decoder import ControlDecoder
 from ..control.errors import ControlFaultError
@@ -31,6 +34,8 @@ PERIOD_NS = round(PERIOD_S * 1e9)
 #: Faults in a row until the decoder latches.
 MOST_FAULTS = 6
 _CHUNKS = 16
+#: Of a mode, and what is left of a motion that is not so sure.
+LEAST_PROBABILITY, SLOW_FACTOR = 0.6, 0.25
 #: By which share of the limit two backends, or two roundings, may differ.
 _TOLERANCE = 1e-4
 
@@ -46,13 +51,14 @@ class Setup:
     on_fault: OnFault = OnFault.HOLD_LAST
     out_of_range: OutOfRange = OutOfRange.REJECT
     record_folder: str | None = None
+    when_uncertain: WhenUncertain = WhenUncertain.HOLD
 
     def __str__(self) -> str:
-        parts = [self.strategy, self.action_kind or "mixed", self.on_fault, self.out_of_range]
+        parts = [self.strategy, self.action_kind or "mixed", self.on_fault, self.out_of_range, self.when_uncertain]
         parts += ["worker"] * self.use_worker + ["fallback"] * self.has_fallback
         return ", ".join(str(part) for part in parts)
 
-    def config(self, tokenizer: ActionTokenizer, limit: float) -> ControlConfig:
+    def config(self, tokenizer: ActionTokenizer, limit: float, *, takes_beliefs: bool = False) -> ControlConfig:
         size = tokenizer.model.action_dim
         mixed = [ActionKind.DELTA, ActionKind.ABSOLUTE] * size
         return config_for(
@@ -71,6 +77,13 @@ class Setup:
             retry_after_s=0.001,
             record_interval_s=1e-3,
             record_folder=self.record_folder,
+            beliefs=BeliefConfig(
+                least_mode_probability=LEAST_PROBABILITY,
+                when_uncertain=self.when_uncertain,
+                slow_factor=SLOW_FACTOR,
+            )
+            if takes_beliefs
+            else None,
         )
 
 
@@ -108,6 +121,8 @@ class SafetyCheck:
         self._keeps = np.array(
             [kind is ActionKind.ABSOLUTE or index in config.gripper for index, kind in enumerate(config.action_kind)]
         )
+        self._grippers = list(config.gripper)
+        self._slows = config.beliefs is not None and config.beliefs.when_uncertain is WhenUncertain.SLOW
         self._tolerance = _TOLERANCE * np.maximum(np.abs(self.low), np.abs(self.high))
         self.last = np.array(position, np.float64)
         self.problems: list[str] = []
@@ -125,6 +140,8 @@ class SafetyCheck:
         if result.is_held:
             tests["not standing still"] = np.abs(sent - still) <= self._tolerance
         elif wanted is not None:
+            if self._slows and result.status is Status.UNCERTAIN:
+                wanted = self._slowed(wanted[0]), self._slowed(wanted[1])
             lowest, highest = np.maximum(self.low, last - self.step), np.minimum(self.high, last + self.step)
             is_low_enough = sent <= np.clip(wanted[1], lowest, highest) + self._tolerance
             is_high_enough = sent >= np.clip(wanted[0], lowest, highest) - self._tolerance
@@ -133,6 +150,12 @@ class SafetyCheck:
             if not is_right.all():
                 self.problems.append(f"{what}: {sent.tolist()} after {last.tolist()} ({result})")
         self.last = sent
+
+    def _slowed(self, wanted: Float64Array) -> Float64Array:
+        still = np.where(self._keeps, self.last, 0.0)
+        slowed = still + SLOW_FACTOR * (wanted - still)
+        slowed[self._grippers] = self.last[self._grippers]
+        return slowed
 
 
 class Rig:
@@ -153,7 +176,9 @@ class Rig:
         self.is_clock_broken = False
         tokens, stats, limit = chunks_of(tokenizer, _CHUNKS)
         self._whole, self._tokenizer = list(map(Codes, tokens, stats)), tokenizer
-        self.config = setup.config(tokenizer, limit)
+        #: Whether every backend decodes beliefs.
+        self.takes_beliefs = all(decodes_beliefs(found.backend) for found in (tokenizer, fallback or tokenizer))
+        self.config = setup.config(tokenizer, limit, takes_beliefs=self.takes_beliefs)
         main, self.backend = faulty(tokenizer, pause=self.jump, delay_s=PERIOD_S)
         spare, self.spare = faulty(fallback or tokenizer, pause=self.jump, delay_s=PERIOD_S)
         position = (0.0,) * self.config.action_dim
@@ -203,6 +228,16 @@ class Rig:
         """What legal codes of one chunk mean, by a tokenizer that nothing is wrong with."""
         return Chunk(*codes, self._tokenizer.decode(*codes)[0].astype(np.float64))
 
+    def believed(self, probabilities: Float32Array) -> Chunk:
+        """What probabilities of the tokens of one chunk mean, likewise."""
+        actions = np.empty(self.model.actions_shape(1), np.float32)
+        self._tokenizer.decode_probabilities_into(probabilities, actions)
+        return Chunk(probabilities.argmax(axis=-1).astype(np.int32), None, actions[0].astype(np.float64))
+
+    def certain(self, chunk: Chunk) -> Float32Array:
+        """Probabilities of 0 and 1 that its tokens have."""
+        return one_hot(chunk.tokens, self.model.vocabulary)
+
     def pick(self) -> Chunk:
         return self.rng.choice(self.chunks)
 
@@ -223,9 +258,10 @@ class Rig:
         seconds = time.monotonic() - begin
         if is_raised != (result.is_held and self.config.on_fault is OnFault.RAISE and result.status != 6):
             self.check.problems.append(f"{result} was {'' if is_raised else 'not '}raised")
-        if serves is not None and not result.is_held and result.status is not Status.STALE:
+        is_uncertain = result.status is Status.UNCERTAIN
+        if serves is not None and (is_uncertain or (not result.is_held and result.status is not Status.STALE)):
             self._serve(serves)
-        elif result.is_held:
+        elif result.is_held and not is_uncertain:
             self._serving = None
         self.check(result, self._wanted(begun))
         return Answer(result.status, result.is_held, result.fell_back, result.is_latched, result.detail, seconds)
@@ -236,13 +272,24 @@ class Rig:
         observed = self.next_ns - age * PERIOD_NS
         options = {"stats": chunk.stats, "sequence": number, "observed_ns": observed, **options}
         answer = self.tick(options.pop("tokens", chunk.tokens), serves=(chunk, observed), **options)
-        if not answer.is_held and answer.status is not Status.STALE:
+        is_uncertain = answer.status is Status.UNCERTAIN
+        if is_uncertain or (not answer.is_held and answer.status is not Status.STALE):
             self.sequence, self._observed = number, observed
         return answer
 
+    def believe(self, probabilities: Float32Array, **options: Any) -> Answer:
+        """Send a belief of one chunk: probabilities, or the logarithms of them."""
+        if self.rng.randrange(2):
+            given: dict[str, Any] = {"probabilities": probabilities}
+        else:
+            with np.errstate(divide="ignore"):
+                given = {"logits": np.log(probabilities)}
+        return self.send(self.believed(probabilities), tokens=None, **given, **options)
+
     def good(self) -> Answer:
-        """Send as policies do: at once, after a delay, as numbers of another type, or a draft and then the whole."""
-        way, age, chunk = self.rng.randrange(5), self.rng.randint(1, 2), self.pick()
+        """Send as policies do: at once, after a delay, as numbers of another type, as beliefs that are certain, or a
+        draft and then the whole."""
+        way, age, chunk = self.rng.randrange(6), self.rng.randint(1, 2), self.pick()
         if way == 0 and age < self.length and self._observed < self.next_ns - age * PERIOD_NS:
             return self.send(chunk, age=age)
         if way == 1 and len(self.model.prefixes) > 1 and self.length > 1:
@@ -253,6 +300,8 @@ class Rig:
         if way == 2:
             legal = [kind for kind in token_types(self.model) if self.model.vocabulary <= np.iinfo(kind).max]
             return self.send(chunk, tokens=chunk.tokens.astype(self.rng.choice(legal)))
+        if way == 3 and self.takes_beliefs:
+            return self.believe(self.certain(chunk))
         return self.send(chunk)
 
     def idle(self, most: int) -> None:

@@ -24,12 +24,16 @@ from pathlib import Path
 
 import numpy as np
 
+from ..backends.beliefs import mode_shape
 from ..benchmark.first_result import resident_bytes
-from ..bundle.arrays import Codes, Int64Array
+from ..bundle.arrays import AnyArray, Float32Array, Int32Array, Int64Array
 from ..bundle.backend_specs import BACKENDS
 from ..bundle.command import DONE, WANTING, CommandParser, Outcome, positive, run
+from ..bundle.probabilities import one_hot
+from ..control.belief_config import BeliefConfig
 from ..control.config import ActionKind, ControlConfig, Status, Strategy
 from ..control.decoder import ControlDecoder
+from ..control.result import ControlResult
 from ..tokenizer import ActionTokenizer
 from .trial_inputs import chunks_of, config_for, motion_of
 
@@ -51,12 +55,19 @@ _CHUNKS = 64
 _WORKER_DEADLINE_US = 1e6
 
 
+#: Tokens or logits, and stats.
+Input = tuple[AnyArray, Float32Array | None]
+Step = Callable[[AnyArray, Float32Array | None], ControlResult]
+Decode = Callable[[AnyArray, Float32Array | None], None]
+
+
 @dataclass(frozen=True)
 class SoakSetup:
     """How the decoder is set up, and which chunks it gets.
 
     fallback: another backend, warm beside the first. jumps: random actions, which cost most since they are limited, in
-    place of a smooth motion. warm_ticks, traced_ticks: before and after those that are counted.
+    place of a smooth motion. beliefs: chunks come as logits that are nearly certain. warm_ticks, traced_ticks: before
+    and after those that are counted.
     """
 
     strategy: Strategy = Strategy.LATEST_ONLY
@@ -64,6 +75,7 @@ class SoakSetup:
     fallback: ActionTokenizer | None = None
     action_kind: ActionKind = ActionKind.DELTA
     jumps: bool = False
+    beliefs: bool = False
     warm_ticks: int = 20_000
     traced_ticks: int = 10_000
 
@@ -75,10 +87,13 @@ class SoakSetup:
             use_worker=self.use_worker,
             deadline_us=_WORKER_DEADLINE_US if self.use_worker else None,
             action_kind=(self.action_kind,) * tokenizer.model.action_dim,
+            # Of the limit, far above what is nearly certain.
+            beliefs=BeliefConfig(std_limit=limit, least_mode_probability=0.5) if self.beliefs else None,
         )
 
     def describe(self, tokenizer: ActionTokenizer) -> str:
         parts = [tokenizer.backend.description, self.strategy, self.action_kind, *["worker"] * self.use_worker]
+        parts += ["beliefs"] * self.beliefs
         parts += [] if self.fallback is None else [f"falls back on {self.fallback.backend.description}"]
         return ", ".join(map(str, parts))
 
@@ -108,6 +123,7 @@ class SoakReport:
     others: dict[str, int]
     limited: float
     has_worker: bool
+    has_beliefs: bool = False
 
     @property
     def ratio(self) -> float:
@@ -115,14 +131,18 @@ class SoakReport:
 
     def verdicts(self) -> tuple[tuple[bool, str], ...]:
         cost = self.quick_added_us / self.line_us
-        judged = "not judged: the worker is another thread" if self.has_worker else f"at most {ADDED_LIMIT:g}"
+        judged = f"at most {ADDED_LIMIT:g}"
+        if self.has_worker:
+            judged = "not judged: the worker is another thread"
+        elif self.has_beliefs:
+            judged = "not judged: alone, the backend checks other arrays each time, and the loop has its own"
         added = (
             f"guard, queue and book-keeping add {self.added_us:.2f} us to the backend (median), {self.ratio:.1f} "
             f"times; the quickest {cost:.2f} times what a line of logging takes, {self.line_us:.2f} us"
         )
         others = ", ".join(f"{count} {name}" for name, count in self.others.items()) or "none"
         return (
-            (self.has_worker or cost <= ADDED_LIMIT, f"{added}; {judged}"),
+            (self.has_worker or self.has_beliefs or cost <= ADDED_LIMIT, f"{added}; {judged}"),
             (self.rss_growth < RSS_LIMIT, f"RSS grew by {self.rss_growth / 1024:.0f} KiB; below {RSS_LIMIT // 1024}"),
             (
                 self.kept <= KEPT_LIMIT,
@@ -141,7 +161,8 @@ class SoakReport:
             f"{self.ticks} ticks on {self.description}:",
             f"  a chunk on each, {self.seconds:.0f} s in all; the slew limit held {self.limited:.0%} of them back",
         ]
-        for name, taken in (("step", self.step_us), ("tokenizer.decode_into", self.bare_us)):
+        bare = "tokenizer.decode_logits_into" if self.has_beliefs else "tokenizer.decode_into"
+        for name, taken in (("step", self.step_us), (bare, self.bare_us)):
             p50, p99, p999, most = taken
             lines.append(f"  {name:22} p50 {p50:.2f}  p99 {p99:.2f}  p99.9 {p999:.2f}  max {most:.0f} us")
         return "\n".join((*lines, *(f"{'✓' if is_right else '✗'} {text}" for is_right, text in self.verdicts())))
@@ -164,6 +185,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--worker", action="store_true", help="decode in another thread")
     parser.add_argument("--fallback", choices=tuple(BACKENDS), help="another backend, warm beside the first")
     parser.add_argument("--jumps", action="store_true", help="random actions, which the slew limit has to hold back")
+    parser.add_argument("--beliefs", action="store_true", help="chunks as logits, not as tokens")
     parser.add_argument("--absolute", action="store_true", help="dimensions that are places, not motions")
     return parser
 
@@ -177,7 +199,7 @@ def _work(options: argparse.Namespace) -> Outcome:
         if options.fallback:
             fallback = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.fallback))
         kind = ActionKind.ABSOLUTE if options.absolute else ActionKind.DELTA
-        setup = SoakSetup(Strategy(options.strategy), options.worker, fallback, kind, options.jumps)
+        setup = SoakSetup(Strategy(options.strategy), options.worker, fallback, kind, options.jumps, options.beliefs)
         report = soak(tokenizer, options.ticks, setup)
     print(report)
     verdict = "✓ every limit held" if report.holds else "✗ a limit did not hold"
@@ -187,19 +209,22 @@ def _work(options: argparse.Namespace) -> Outcome:
 def soak(tokenizer: ActionTokenizer, ticks: int, setup: SoakSetup = SoakSetup()) -> SoakReport:
     """Serve a chunk on every tick, the dearest case, as fast as possible."""
     tokens, stats, limit = (chunks_of if setup.jumps else motion_of)(tokenizer, _CHUNKS)
-    inputs = list(map(Codes, tokens, stats))
+    inputs: list[Input] = list(zip(tokens, stats, strict=True))
+    if setup.beliefs:
+        inputs = [(_nearly_certain(chunk, tokenizer.model.vocabulary), None) for chunk in tokens]
     config = setup.config(tokenizer, limit)
     fallbacks = () if setup.fallback is None else (setup.fallback,)
     # Filled with ones, so that their pages exist before memory is measured.
     times = np.ones((3, ticks), np.int64)
     with ControlDecoder(tokenizer, config, fallbacks=fallbacks, position=(0.0,) * config.action_dim) as decoder:
         decoder.warmup()
-        _time(decoder, tokenizer, inputs, np.ones((3, setup.warm_ticks), np.int64))
+        calls = _calls(decoder, tokenizer, has_beliefs=setup.beliefs)
+        _time(calls, inputs, np.ones((3, setup.warm_ticks), np.int64))
         gc.collect()
         before, memory, started = list(decoder.health.statuses), resident_bytes() or 0, time.monotonic()
-        limited = _time(decoder, tokenizer, inputs, times)
+        limited = _time(calls, inputs, times)
         seconds, growth = time.monotonic() - started, (resident_bytes() or 0) - memory
-        kept, transient = _traced(decoder, inputs, setup.traced_ticks)
+        kept, transient = _traced(calls[0], inputs, setup.traced_ticks)
         after = list(decoder.health.statuses)
     whole, bare, line = times
     return SoakReport(
@@ -222,30 +247,46 @@ def soak(tokenizer: ActionTokenizer, ticks: int, setup: SoakSetup = SoakSetup())
         },
         limited=limited / ticks,
         has_worker=setup.use_worker,
+        has_beliefs=setup.beliefs,
     )
 
 
-def _time(decoder: ControlDecoder, tokenizer: ActionTokenizer, inputs: list[Codes], times: Int64Array) -> int:
+def _nearly_certain(tokens: Int32Array, vocabulary: int) -> Float32Array:
+    """Logits of tokens: those of others are 20 below."""
+    return 20 * one_hot(tokens, vocabulary)
+
+
+def _calls(decoder: ControlDecoder, tokenizer: ActionTokenizer, *, has_beliefs: bool) -> tuple[Step, Decode]:
+    """A step, and the bare backend, each with what came."""
+    model, step = tokenizer.model, decoder.step
+    decode, decode_logits = tokenizer.decode_into, tokenizer.decode_logits_into
+    out = np.empty(model.actions_shape(1), np.float32)
+    if has_beliefs:
+        others = np.empty_like(out), np.empty(1, np.float32), np.empty(mode_shape(model, 1), np.int32)
+        return lambda chunk, _: step(logits=chunk), lambda chunk, _: decode_logits(chunk, out, *others)
+    return lambda chunk, stat: step(chunk, stats=stat), lambda chunk, stat: decode(chunk, out, stat)
+
+
+def _time(calls: tuple[Step, Decode], inputs: list[Input], times: Int64Array) -> int:
     """Fill times [3, ticks] with ns of steps, the bare backend and lines of logging; returns how many were limited."""
     whole, bare, line = times
-    out = np.empty((1, tokenizer.model.chunk_length, tokenizer.model.action_dim), np.float32)
-    clock, step, decode, log = time.monotonic_ns, decoder.step, tokenizer.decode_into, _line()
+    clock, (step, decode), log = time.monotonic_ns, calls, _line()
     limited = 0
     for tick in range(times.shape[1]):
         chunk, stat = inputs[tick % _CHUNKS]
         # Each goes first in turn, since the second one profits from what the first one brought into the caches.
         if tick & 1:
             begin = clock()
-            decode(chunk, out, stat)
+            decode(chunk, stat)
             middle = clock()
-            result = step(chunk, stats=stat)
+            result = step(chunk, stat)
             whole[tick] = clock() - middle
             bare[tick] = middle - begin
         else:
             begin = clock()
-            result = step(chunk, stats=stat)
+            result = step(chunk, stat)
             middle = clock()
-            decode(chunk, out, stat)
+            decode(chunk, stat)
             bare[tick] = clock() - middle
             whole[tick] = middle - begin
         begin = clock()
@@ -266,13 +307,13 @@ def _line() -> Callable[[int], str]:
     return line
 
 
-def _traced(decoder: ControlDecoder, inputs: list[Codes], ticks: int) -> tuple[int, int]:
+def _traced(step: Step, inputs: list[Input], ticks: int) -> tuple[int, int]:
     """How many bytes so many ticks keep, and the most that live at once within them."""
 
     def serve(count: int) -> None:
         for tick in range(count):
             chunk, stat = inputs[tick % _CHUNKS]
-            decoder.step(chunk, stats=stat)
+            step(chunk, stat)
 
     gc.collect()
     tracemalloc.start(_FRAMES)

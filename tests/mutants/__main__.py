@@ -57,6 +57,7 @@ _REFERENCE = tuple(
 TESTS: dict[str, tuple[str, ...]] = {
     "runtime/control/guard.py": (_CONTROL,),
     "runtime/control/queue.py": (_CONTROL,),
+    "runtime/control/beliefs.py": (_CONTROL,),
     "runtime/control/decoder.py": (_CONTROL,),
     "runtime/control/loop.py": (_CONTROL,),
     "runtime/control/result.py": (_CONTROL,),

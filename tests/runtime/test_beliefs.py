@@ -365,11 +365,13 @@ def test_results_are_written_into_arrays_of_the_caller_again_and_again(case: Cas
     logits = case.logits(prefix)
     for seed in range(3):
         logits[...] = case.logits(prefix, seed=seed)
-        case.tokenizer.decode_logits_into(logits, out, std, probability, mode=mode)
         expected = case.tokenizer.decode_logits(logits, mode=mode)
+        likeliest = np.full_like(expected.mode, -1)
+        case.tokenizer.decode_logits_into(logits, out, std, probability, likeliest, mode=mode)
         np.testing.assert_array_equal(out, expected.actions)
         np.testing.assert_array_equal(std, expected.std)
         np.testing.assert_array_equal(probability, expected.mode_probability)
+        np.testing.assert_array_equal(likeliest, expected.mode)
         out[...] = 0
         case.tokenizer.decode_probabilities_into(softmax(logits), out, mode=mode)
         np.testing.assert_allclose(out, expected.actions, atol=1e-5)
@@ -406,6 +408,8 @@ def test_what_overlaps_or_cannot_be_written_is_refused(steps: Case) -> None:
         steps.tokenizer.decode_logits_into(logits, out, std[:4])
     with pytest.raises(InvalidInputError, match=r"mode_probability_out is float64\[5\]"):
         steps.tokenizer.decode_logits_into(logits, out, std, probability.astype(np.float64))
+    with pytest.raises(InvalidInputError, match=r"mode_out is int64\[5, 2, 4, 2\]; expected a numpy.ndarray int32"):
+        steps.tokenizer.decode_logits_into(logits, out, mode_out=np.zeros((5, 2, 4, 2), np.int64))
     out.flags.writeable = False
     with pytest.raises(InvalidInputError, match="out is not writable"):
         steps.tokenizer.decode_logits_into(logits, out)
@@ -474,6 +478,10 @@ def test_arrays_that_have_changed_their_form_are_looked_at_again(steps: Case) ->
     # Another question about the same arrays is another call.
     tokenizer.decode_logits_into(logits, out, std, probability, mode="likeliest mode")
     np.testing.assert_array_equal(out, steps.tokenizer.decode_logits(logits, mode="likeliest mode").actions)
+    for temperature in (2.0, (2.0, 1.0, 3.0), (2.0, 1.0, 3.0), (2.0, 1.0, 4.0)):
+        tokenizer.decode_logits_into(logits, out, std, probability, temperature=temperature)
+        expected = steps.tokenizer.decode_logits(logits, temperature=temperature)
+        np.testing.assert_array_equal(out, expected.actions)
     tokenizer.decode_logits_into(logits, out, std, probability, temperature=2.0)
     np.testing.assert_array_equal(out, steps.tokenizer.decode_logits(logits, temperature=2.0).actions)
 

@@ -22,6 +22,7 @@ from rfsq import runtime
 from rfsq.runtime import (
     ActionTokenizer,
     BackendUnavailableError,
+    BeliefConfig,
     BeliefSettings,
     BundleError,
     CannotCopyError,
@@ -41,6 +42,7 @@ from rfsq.runtime import (
 from rfsq.runtime import tokenizer as tokenizer_module
 from rfsq.runtime.bundle.beliefs import BeliefKind
 from rfsq.runtime.bundle.errors import SequenceTooShortError
+from rfsq.runtime.control.belief_config import WhenUncertain
 from rfsq.runtime.control.config import ActionKind
 from rfsq.runtime.control.result import BrokenOff, TickOutcome
 from tests.backends import offer
@@ -99,6 +101,10 @@ def told(made: ControlResult) -> list[Any]:
 
 #: What each public class says of itself, once for the original and once for the copy.
 SAMPLES: dict[type[Any], tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    BeliefConfig: (
+        lambda: BeliefConfig(std_limit=(0.5, 1.0), when_uncertain=WhenUncertain.SLOW),
+        lambda config: config,
+    ),
     BeliefSettings: (
         lambda: BeliefSettings(BeliefKind("0" * 64, "tokens", 2, 1), (1.5, 2.0), {"expected": (0.5,)}),
         lambda settings: (settings, settings.text()),

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from rfsq.runtime import ActionTokenizer, ControlDecoder
+from rfsq.runtime.backends.beliefs import BeliefAnswer, BeliefQuestion
 from rfsq.runtime.bundle.arrays import Float32Array, Int32Array
 from rfsq.runtime.bundle.errors import InferenceError
 from rfsq.runtime.bundle.manifest import SCHEMA_VERSION, Manifest
-from rfsq.runtime.control.chain import DecodeWorker, WarmTokenizer
 from rfsq.runtime.control.config import ControlConfig
 from rfsq.runtime.control.result import ControlResult
+from rfsq.runtime.control.worker import DecodeWorker, WarmTokenizer
 from rfsq.runtime.qualification.soak import chunks_of, config_for
 from tests.bundles import Recipe, deploy, make_manifest
 from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
@@ -47,7 +48,7 @@ class Clock:
 
 
 class SwitchedBackend:
-    """`backend`, until `act` is set, which then runs in its place with the array to be filled."""
+    """`backend`, until `act` is set, which then runs in its place with the array to be filled; of beliefs likewise."""
 
     def __init__(self, backend: Any, name: str = "") -> None:
         self._backend, self.name = backend, name or backend.name
@@ -61,6 +62,12 @@ class SwitchedBackend:
             self._backend.decode_into(tokens, stats, actions)
         else:
             self.act(actions)
+
+    def decode_belief_into(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
+        if self.act is None:
+            self._backend.decode_belief_into(question, answer)
+        else:
+            self.act(answer.actions)
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch, hangs: Callable[[WarmTokenizer], bool]) -> list[float]:
@@ -81,13 +88,18 @@ def hurry(monkeypatch: pytest.MonkeyPatch, hangs: Callable[[WarmTokenizer], bool
 
 
 class ScriptedBackend:
-    """Its tokens are zeros, and its actions whatever `rows` says; an error there is raised."""
+    """Its tokens are zeros, and its actions whatever `rows` says; an error there is raised.
+
+    Of beliefs likewise, with `std`, one number or as many as actions, and `mode_probability`.
+    """
 
     name = description = device = "scripted"
     checked_steps = 0
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.rows: Any = np.zeros(shape)
+        self.std: Any = 0.0
+        self.mode_probability = 1.0
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         assert len(actions) == len(tokens)
@@ -100,6 +112,19 @@ class ScriptedBackend:
         if isinstance(self.rows, BaseException):
             raise self.rows
         actions[0] = self.rows
+
+    def decode_belief_into(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
+        assert question.batch == 1
+        if isinstance(self.rows, BaseException):
+            raise self.rows
+        answer.actions[0] = self.rows
+        for array, value in (
+            (answer.std, self.std),
+            (answer.mode_probability, self.mode_probability),
+            (answer.mode, 1),
+        ):
+            assert array is not None
+            array[0] = value
 
     def close(self) -> None:
         """Nothing is held."""
@@ -159,7 +184,14 @@ class ScriptedLoop:
 
     LENGTH, DRAFT, FULL = 4, 2, 3
 
-    def __init__(self, *, fallbacks: int = 0, recipe: Recipe | ChunkRecipe | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        *,
+        fallbacks: int = 0,
+        recipe: Recipe | ChunkRecipe | None = None,
+        position: tuple[float, ...] | None = None,
+        **changes: Any,
+    ) -> None:
         recipe = recipe or Recipe(chunk_length=self.LENGTH)
         tokenizer, self.backend = scripted(recipe)
         self.model = tokenizer.model
@@ -172,7 +204,7 @@ class ScriptedLoop:
         }
         self.config = ControlConfig(**values)
         spares = tuple(spare for spare, _ in self.spares)
-        self.decoder = ControlDecoder(tokenizer, self.config, fallbacks=spares, clock=self.clock)
+        self.decoder = ControlDecoder(tokenizer, self.config, fallbacks=spares, position=position, clock=self.clock)
         self.decoder.warmup()
 
     def __enter__(self) -> ScriptedLoop:
@@ -182,20 +214,35 @@ class ScriptedLoop:
         self.decoder.close()
 
     def tick(
-        self, rows: Any = None, *, passed: float = 1.0, layers: int = FULL, fails: bool = False, **options: Any
+        self,
+        rows: Any = None,
+        *,
+        passed: float = 1.0,
+        layers: int = FULL,
+        fails: bool = False,
+        std: Any = None,
+        mode_probability: float = 1.0,
+        **options: Any,
     ) -> ControlResult:
         """rows: of the chunk that arrives, or a number for all of them, or an error to be raised; None for no chunk.
 
-        fails: the first backend does, and the others do not.
+        fails: the first backend does, and the others do not. std: of a chunk that comes as logits; None for tokens.
         """
         self.clock.now += round(passed * PERIOD_NS)
         if rows is None:
             return self.decoder.step(**options)
         for backend in (self.backend, *(backend for _, backend in self.spares)):
             backend.rows = rows if isinstance(rows, BaseException) else np.multiply(rows, np.ones((self.LENGTH, 3)))
+            backend.std, backend.mode_probability = 0.0 if std is None else std, mode_probability
         if fails:
             self.backend.rows = InferenceError("injected")
+        if std is not None:
+            return self.decoder.step(logits=self.logits(layers), **options)
         return self.decoder.step(np.zeros(self.model.tokens_shape(1, layers), np.int32), **options)
+
+    def logits(self, layers: int = FULL) -> Float32Array:
+        """Of one chunk, of tokens that nobody knows anything of."""
+        return np.zeros((*self.model.tokens_shape(1, layers), self.model.vocabulary), np.float32)
 
     def wrong(self, **options: Any) -> ControlResult:
         """Tokens that are none."""

@@ -12,14 +12,26 @@ Line = dict[int, Row]
 
 
 @dataclass(frozen=True)
+class Belief:
+    """std of every row, and the probability of the likeliest mode."""
+
+    std: list[Row]
+    probability: float
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """What arrives. rows: what the backend makes of it; None where it raises. is_legal: its form and its tokens."""
+    """What arrives. rows: what the backend makes of it; None where it raises. is_legal: its form and its tokens.
+
+    belief: None where it comes as tokens.
+    """
 
     rows: list[Row] | None
     layers: int
     number: int | None = None
     observed: int | None = None
     is_legal: bool = True
+    belief: Belief | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,13 @@ class Rules:
     #: How far outside is no fault, as a part of high - low.
     tolerance: float
     most_faults: int
+    #: Of std and of the mode's probability, which part of the limit ends being uncertain, and for how many ticks.
+    std_limit: tuple[float, ...]
+    least_probability: float
+    leave_factor: float
+    leave_ticks: int
+    when_uncertain: str
+    slow_factor: float
 
 
 @dataclass(frozen=True)
@@ -66,10 +85,13 @@ class Specification:
         self.lines: list[Line] = []
         self.observed: list[int] = []
         self.has_begun = False
+        self.belief: Belief | None = None
+        #: How many ticks in a row have to be sure.
+        self.doubt = 0
 
     def step(self, now: int, chunk: Chunk | None) -> tuple[str, bool]:
         """Status, and whether the robot is told to stand still; the action is in `sent`."""
-        status, wanted = self._decide(now, chunk)
+        status, wanted = self._judged(*self._decide(now, chunk))
         self.before: int | None = now
         still = [sent if keep else 0.0 for sent, (*_, keep) in zip(self.sent, self.rules.dimensions, strict=True)]
         self.sent = [
@@ -106,6 +128,31 @@ class Specification:
             return ("STALE" if self.has_begun else "NOT_READY"), None
         return "OUT_OF_RANGE" if status == "LIMITED" else status, row
 
+    def _judged(self, status: str, row: Row | None) -> tuple[str, Row | None]:
+        """An action that is too uncertain stands still, is slowed, or goes on as it is."""
+        rules = self.rules
+        if row is None or self.belief is None or self.newest is None:
+            return status, row
+        shares = zip(self.belief.std[self.tick - self.newest.start], rules.std_limit, strict=True)
+        lack = (1 - self.belief.probability) / (1 - rules.least_probability)
+        worst = max(lack, *(std / limit for std, limit in shares))
+        if worst > (rules.leave_factor if self.doubt else 1):
+            self.doubt = rules.leave_ticks
+        elif self.doubt:
+            self.doubt -= 1
+        if not self.doubt:
+            return status, row
+        if rules.when_uncertain == "hold":
+            return "UNCERTAIN", None
+        if rules.when_uncertain == "slow":
+            row = [self._slowed(index, value) for index, value in enumerate(row)]
+        return "UNCERTAIN", row
+
+    def _slowed(self, index: int, value: float) -> float:
+        *_, keeps = self.rules.dimensions[index]
+        still = self.sent[index] if keeps else 0.0
+        return still if index in self.rules.grippers else still + self.rules.slow_factor * (value - still)
+
     def _receive(self, now: int, chunk: Chunk) -> str:
         if not chunk.is_legal:
             return "BAD_TOKEN" if self._start_of(now, chunk) is not None or chunk.layers == 0 else "STALE"
@@ -133,7 +180,7 @@ class Specification:
             # `observed` of the lines that there are.
             self.observed = [*self.observed[len(self.observed) - len(self.lines) :], newest.observed]
             self.lines = [*self.lines, line]
-        self.newest, self.has_begun = newest, True
+        self.newest, self.has_begun, self.belief = newest, True, chunk.belief
         return "LIMITED" if is_far else "OK"
 
     def _start_of(self, now: int, chunk: Chunk) -> tuple[Newest, bool] | None:

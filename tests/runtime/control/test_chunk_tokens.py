@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rfsq.runtime import ActionTokenizer, Status
-from rfsq.runtime.control.chain import WarmTokenizer
 from rfsq.runtime.control.recorder import read_record
+from rfsq.runtime.control.worker import WarmTokenizer
 from rfsq.runtime.qualification.trial_inputs import chunks_of
 from tests.chunk_bundles import ChunkRecipe
 from tests.processes import PATIENCE

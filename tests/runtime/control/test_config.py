@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from rfsq.runtime import ControlConfig
 from rfsq.runtime.control.errors import ControlConfigError
 from rfsq.runtime.control.guard import ActionGuard
 
+DOCUMENT = Path(__file__).parents[3] / "docs" / "control_loop.md"
 VALUES: dict[str, Any] = {
     "period_s": 0.05,
     "action_low": [-1.0, -2.0, 0.0],
@@ -190,3 +193,15 @@ def test_what_cannot_be_locked_is_refused(change: dict[str, Any], message: str) 
 def test_a_motion_is_locked_at_standing_still() -> None:
     config = ControlConfig(**{**VALUES, "action_low": [0, -2, 0], "action_high": [0, 2, 0.125]})
     assert config.locked == (0,)
+
+
+def test_the_settings_of_the_document_are_settings(tmp_path: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    # A table comes after what is in none.
+    text = "\n".join(sorted(blocks, key=lambda block: block.startswith("[")))
+    path = tmp_path / "robot.toml"
+    path.write_text(text, encoding="utf-8")
+    config = ControlConfig.from_toml(path)
+    assert len(blocks) == 2
+    assert config.beliefs is not None
+    assert (config.gripper, config.beliefs.when_uncertain) == ((6,), "slow")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from rfsq.runtime import ActionTokenizer, ControlDecoder, Status
-from rfsq.runtime.control.chain import WarmTokenizer
 from rfsq.runtime.control.errors import in_words, is_from_outside
+from rfsq.runtime.control.worker import WarmTokenizer
 from rfsq.runtime.qualification.soak import chunks_of
 from tests.bundles import Recipe
 from tests.runtime.control.loops import PERIOD_NS, Clock, check_safe, loop, scripted, switched

@@ -48,6 +48,9 @@ class Scene:
         backends: list[SwitchedBackend],
     ) -> None:
         self.decoder, self.clock, self.chunks, self.graphs, self.backends = decoder, clock, chunks, graphs, backends
+        model = decoder._tokenizers[0].model
+        #: Of a chunk of which nothing is known.
+        self.logits = np.zeros((*model.tokens_shape(1), model.vocabulary), np.float32)
         #: Of a chunk that gets one by its policy.
         self.sequence = 0
         self.sent, self.number = np.zeros(decoder.config.action_dim, np.float32), decoder.result.tick
@@ -276,6 +279,10 @@ def _full(scene: Scene) -> None:
     scene.decoder.step(scene.chunks[1], sequence=scene.sequence)
 
 
+def _belief(scene: Scene) -> None:
+    scene.decoder.step(logits=scene.logits)
+
+
 _SPARE: dict[str, Any] = {"has_spare": True}
 _WORKER: dict[str, Any] = {"use_worker": True, "deadline_us": 60e6}
 CASES = {
@@ -298,6 +305,9 @@ CASES = {
     "full decode, temporal_ensemble": Case(_full, {"strategy": "temporal_ensemble"}, _has_a_draft),
     "full decode of chunk tokens": Case(_full, {"has_chunk_tokens": True}, _has_a_draft),
     "worker": Case(_chunk, _WORKER),
+    "belief": Case(_belief, {"beliefs": {}}),
+    "uncertain": Case(_belief, {"beliefs": {"least_mode_probability": 0.9, "when_uncertain": "slow"}}),
+    "uncertain, held": Case(_belief, {"beliefs": {"std_limit": 1e-6}, "on_fault": "stop"} | _WORKER),
 }
 
 

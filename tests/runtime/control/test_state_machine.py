@@ -8,11 +8,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from rfsq.runtime import ActionTokenizer, ControlConfig, ControlDecoder
+from rfsq.runtime import ActionTokenizer, BeliefConfig, ControlConfig, ControlDecoder
+from rfsq.runtime.control.belief_config import WhenUncertain
 from tests.bundles import Recipe
 from tests.chunk_bundles import SMALL, ChunkRecipe
 from tests.runtime.control.loops import Clock, ScriptedBackend, scripted
-from tests.runtime.control.specification import Chunk, Row, Rules, Specification
+from tests.runtime.control.specification import Belief, Chunk, Row, Rules, Specification
 
 #: A tokenizer, and the backend that does as it is told.
 Tokens = tuple[ActionTokenizer, ScriptedBackend]
@@ -52,6 +53,17 @@ ROW = st.tuples(st.floats(-1, 1, width=32), st.floats(-2, 2, width=32), st.sampl
 ROWS = st.integers(0, 2**32 - 1).map(some_rows)
 #: Of a tick, in periods: on time, trembling, or with whole ticks missed.
 PASSED = st.sampled_from([1.0, 1.0, 1.0, 0.8, 1.2, 1.4, 2.0, 3.1])
+#: At the limits and beside them, 0.5 to become uncertain and 0.25, or 0.75 of the mode, to end it; None for tokens.
+BELIEF = st.none() | st.builds(
+    lambda std, step, place, beside, probability: Belief(
+        [[beside if (row, index) == (step, place) else std for index in range(3)] for row in range(T)], probability
+    ),
+    st.sampled_from([0.0, 0.0, 0.25]),
+    st.integers(0, T - 1),
+    st.integers(0, 2),
+    st.sampled_from([0.0, 0.25, 0.375, 0.5, 0.625]),
+    st.sampled_from([1.0, 1.0, 0.75, 0.625, 0.5, 0.375]),
+)
 DELAY = st.sampled_from([0.0, 0.0, 0.4, 0.6, 1.0, 1.7, 2.0, 3.0])
 
 
@@ -68,10 +80,29 @@ class LoopMachine(RuleBasedStateMachine):
         most=st.sampled_from([0, 3]),
         # Where every action is limited, nothing else can be seen.
         steps=st.sampled_from([(0.25, 0.5, float("inf")), (3.0, 5.0, float("inf"))]),
+        when_uncertain=st.sampled_from(["hold", "slow", "ask"]),
+        leave_ticks=st.sampled_from([1, 3]),
     )
-    def begin(self, strategy: str, on_fault: str, out_of_range: str, most: int, steps: tuple[float, ...]) -> None:
+    def begin(  # settings, given by name
+        self,
+        strategy: str,
+        on_fault: str,
+        out_of_range: str,
+        most: int,
+        steps: tuple[float, ...],
+        when_uncertain: WhenUncertain,
+        leave_ticks: int,
+    ) -> None:
         changes = {"strategy": strategy, "on_fault": on_fault, "out_of_range": out_of_range, "max_relative_step": steps}
-        config = ControlConfig(**VALUES, **changes, max_consecutive_faults=most)  # type: ignore[arg-type]
+        beliefs = BeliefConfig(
+            std_limit=(0.5, 0.5, 0.5),
+            least_mode_probability=0.5,
+            when_uncertain=when_uncertain,
+            slow_factor=0.25,
+            leave_factor=0.5,
+            leave_ticks=leave_ticks,
+        )
+        config = ControlConfig(**VALUES, **changes, max_consecutive_faults=most, beliefs=beliefs)  # type: ignore[arg-type]
         self.clock = Clock()
         self.tokenizer, self.backend = self.tokens
         self.backend.rows = np.zeros((T, 3))
@@ -93,6 +124,12 @@ class LoopMachine(RuleBasedStateMachine):
             brings_inside=out_of_range == "limit",
             tolerance=TOLERANCE,
             most_faults=most,
+            std_limit=(0.5, 0.5, 0.5),
+            least_probability=0.5,
+            leave_factor=0.5,
+            leave_ticks=leave_ticks,
+            when_uncertain=when_uncertain,
+            slow_factor=0.25,
         )
         self.specified = Specification(rules, START)
         self.number = 0
@@ -108,6 +145,9 @@ class LoopMachine(RuleBasedStateMachine):
         if chunk is not None:
             self.backend.rows = RuntimeError("injected") if chunk.rows is None else np.array(chunk.rows)
             arguments = {"tokens": self._zeros(chunk.layers) if tokens is None else tokens}
+            if chunk.belief is not None:
+                self.backend.std, self.backend.mode_probability = chunk.belief.std, chunk.belief.probability
+                arguments = {"logits": self._logits(chunk.layers) if tokens is None else tokens}
             arguments.update(sequence=chunk.number, observed_ns=chunk.observed)
         result = self.decoder.step(**arguments)
         status, is_held = self.specified.step(self.clock.now, chunk)
@@ -118,6 +158,9 @@ class LoopMachine(RuleBasedStateMachine):
     def _zeros(self, layers: int) -> Any:
         return np.zeros(self.tokenizer.model.tokens_shape(1, layers), np.int32)
 
+    def _logits(self, layers: int) -> Any:
+        return np.zeros((*self.tokenizer.model.tokens_shape(1, layers), self.tokenizer.model.vocabulary), np.float32)
+
     def _observed(self, passed: float, delay: float) -> int:
         """As many periods before the coming tick."""
         return self.clock.now + round((passed - delay) * PERIOD)
@@ -126,10 +169,19 @@ class LoopMachine(RuleBasedStateMachine):
     def nothing_comes(self, passed: float) -> None:
         self._tick(passed)
 
-    @rule(passed=PASSED, rows=ROWS, delay=DELAY, layers=st.sampled_from([DRAFT, FULL]), skipped=st.integers(1, 2))
-    def a_chunk_comes(self, passed: float, rows: list[Row], delay: float, layers: int, skipped: int) -> None:
+    @rule(
+        passed=PASSED,
+        rows=ROWS,
+        delay=DELAY,
+        layers=st.sampled_from([DRAFT, FULL]),
+        skipped=st.integers(1, 2),
+        belief=BELIEF,
+    )
+    def a_chunk_comes(  # what is drawn, given by name
+        self, passed: float, rows: list[Row], delay: float, layers: int, skipped: int, belief: Belief | None = None
+    ) -> None:
         self.number += skipped
-        chunk = Chunk(rows, layers, self.number, self._observed(passed, delay))
+        chunk = Chunk(rows, layers, self.number, self._observed(passed, delay), belief=belief)
         self.draft = chunk if layers == DRAFT else None
         self._tick(passed, chunk)
 
@@ -141,10 +193,21 @@ class LoopMachine(RuleBasedStateMachine):
         self.number = self.number if newest is None else newest.number
 
     @precondition(lambda self: self.draft is not None)
-    @rule(passed=PASSED, rows=ROWS, is_dated=st.booleans())
-    def the_full_decode_of_a_draft_comes(self, passed: float, rows: list[Row], is_dated: bool) -> None:
+    @rule(passed=PASSED, rows=ROWS, is_dated=st.booleans(), belief=BELIEF)
+    def the_full_decode_of_a_draft_comes(
+        self, passed: float, rows: list[Row], is_dated: bool, belief: Belief | None = None
+    ) -> None:
         assert self.draft is not None
-        self._tick(passed, Chunk(rows, FULL, self.draft.number, self.draft.observed if is_dated else None))
+        observed = self.draft.observed if is_dated else None
+        self._tick(passed, Chunk(rows, FULL, self.draft.number, observed, belief=belief))
+
+    @rule(rows=ROWS, beliefs=st.lists(BELIEF, min_size=2, max_size=6), between=st.integers(0, 1))
+    def a_policy_is_more_and_less_sure(self, rows: list[Row], beliefs: list[Belief | None], between: int) -> None:
+        """A chunk on each tick, or on every other one."""
+        for belief in beliefs:
+            self.a_chunk_comes(1.0, rows, 0.0, FULL, 1, belief)
+            for _ in range(between):
+                self._tick(1.0)
 
     @rule(rows=ROWS, full=ROWS, delay=DELAY, between=st.integers(0, 1), after=st.integers(0, 2))
     def a_draft_and_its_full_decode_come(
@@ -196,10 +259,10 @@ class LoopMachine(RuleBasedStateMachine):
         self.number += 1
         self._tick(passed, Chunk(rows, FULL, self.number, self._observed(passed, 0.0)))
 
-    @rule(passed=PASSED)
-    def the_backend_raises(self, passed: float) -> None:
+    @rule(passed=PASSED, belief=BELIEF)
+    def the_backend_raises(self, passed: float, belief: Belief | None) -> None:
         self.number += 1
-        self._tick(passed, Chunk(None, FULL, self.number, self._observed(passed, 0.0)))
+        self._tick(passed, Chunk(None, FULL, self.number, self._observed(passed, 0.0), belief=belief))
 
     @rule(passed=PASSED, value=st.sampled_from([-1, 0, 2**30]), behind=st.integers(0, 1))
     def an_illegal_token_comes(self, passed: float, value: int, behind: int) -> None:
@@ -209,6 +272,21 @@ class LoopMachine(RuleBasedStateMachine):
         self.number += 1 - behind
         chunk = Chunk(None, FULL, self.number, self._observed(passed, 0.0), is_legal=False)
         self._tick(passed, chunk, tokens)
+
+    @rule(passed=PASSED, value=st.sampled_from([float("nan"), float("inf")]), behind=st.integers(0, 1))
+    def a_belief_that_is_none_comes(self, passed: float, value: float, behind: int) -> None:
+        logits = self._logits(FULL)
+        logits.flat[-1] = value
+        self.number += 1 - behind
+        observed, belief = self._observed(passed, 0.0), Belief([[0.0] * 3] * T, 1.0)
+        self._tick(passed, Chunk(None, FULL, self.number, observed, is_legal=False, belief=belief), logits)
+
+    @rule(passed=PASSED, way=st.integers(0, 2))
+    def what_is_no_belief_comes(self, passed: float, way: int) -> None:
+        logits = self._logits(FULL)
+        belief = Belief([[0.0] * 3] * T, 1.0)
+        given = (logits[0], logits.astype(np.float64), "logits")[way]
+        self._tick(passed, Chunk(None, 0, self.number, is_legal=False, belief=belief), given)
 
     @rule(passed=PASSED, way=st.integers(0, 3))
     def what_is_no_chunk_comes(self, passed: float, way: int) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from rfsq.runtime import ActionTokenizer, ControlConfigError, ControlDecoder, Status
-from rfsq.runtime.control.chain import DecodeWorker, WarmTokenizer
 from rfsq.runtime.control.config import ControlConfig
 from rfsq.runtime.control.health import Health
 from rfsq.runtime.control.tick_log import Reporter
+from rfsq.runtime.control.worker import DecodeWorker, WarmTokenizer
 from rfsq.runtime.qualification.soak import chunks_of
 from tests.runtime.control.driven import drive
 from tests.runtime.control.loops import Clock, check_safe, config_of, fails, hurry, loop, switched

@@ -17,17 +17,19 @@ from rfsq.runtime import ActionTokenizer, ControlDecoder, Status
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.errors import BackendUnavailableError, InferenceError
 from rfsq.runtime.bundle.folder import open_bundle
-from rfsq.runtime.control.chain import Retrier
+from rfsq.runtime.control.belief_config import WhenUncertain
+from rfsq.runtime.control.beliefs import BeliefJudge
 from rfsq.runtime.control.config import OnFault, Strategy
 from rfsq.runtime.control.guard import ActionGuard
 from rfsq.runtime.control.queue import ActionQueue
 from rfsq.runtime.control.tick_log import Reporter
+from rfsq.runtime.control.worker import Retrier
 from rfsq.runtime.qualification import campaign as fault_campaign
 from rfsq.runtime.qualification import system as fault_system
 from rfsq.runtime.qualification.campaign import SETUPS, main, nan_backends_of, run_campaign
 from rfsq.runtime.qualification.fault_report import FaultReport
 from rfsq.runtime.qualification.injection import Fault, faulty, weight_tables, with_nan_weights
-from rfsq.runtime.qualification.kinds import KINDS, kinds_with
+from rfsq.runtime.qualification.kinds import BELIEF_KINDS, KINDS, kinds_with
 from rfsq.runtime.qualification.rig import Setup
 from rfsq.runtime.qualification.system import run_system_faults
 from rfsq.runtime.qualification.token_faults import LEGAL_TOKENS
@@ -35,8 +37,8 @@ from tests.bundles import Recipe
 from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
 from tests.runtime.control.loops import hurry
 
-#: About forty in each setup, so that each of these sees most kinds.
-FAULTS = 3200
+#: About fifty in each setup, so that each of these sees most kinds.
+FAULTS = 4400
 DOCUMENT = Path(__file__).parents[3] / "docs" / "control_loop.md"
 Sabotage = Callable[[pytest.MonkeyPatch], None]
 
@@ -62,7 +64,7 @@ def fallback(both: Path) -> Iterator[ActionTokenizer]:
 def test_the_document_counts_what_there_is() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     # And one more kind for each backend whose weights can be made NaN.
-    assert f"10000 faults of {len(KINDS) + 2} kinds in {len(SETUPS)} setups" in text
+    assert f"10000 faults of {len(KINDS) + len(BELIEF_KINDS) + 2} kinds in {len(SETUPS)} setups" in text
 
 
 def test_faults_of_every_kind_in_every_setup_are_answered_rightly(
@@ -75,11 +77,11 @@ def test_faults_of_every_kind_in_every_setup_are_answered_rightly(
     assert report.holds, str(report)
     assert report.faults == FAULTS
     assert report.answered.keys() == {
-        *(kind.name for kind in KINDS),
+        *(kind.name for kind in KINDS + BELIEF_KINDS),
         "NaN weights in c",
         "NaN weights in onnxruntime",
     }
-    common = {kind.name for kind in KINDS if not kind.is_slow}
+    common = {kind.name for kind in KINDS + BELIEF_KINDS if not kind.is_slow}
     assert min(sum(report.answered[name].values()) for name in common) > 30
     assert min(sum(answers.values()) for answers in report.answered.values()) >= 10
     # Each status was seen, but that of a decoder without a chunk.
@@ -99,7 +101,7 @@ def test_faults_of_every_kind_are_answered_rightly_with_chunk_tokens(
     ):
         nan_backends = nan_backends_of(chunk_bundle)
         report = run_campaign(first, 1200, fallback=second, nan_backends=nan_backends, setups=SETUPS[::3])
-        kinds = kinds_with(nan_backends, first.model)
+        kinds = kinds_with(nan_backends, first.model, takes_beliefs=True)
     assert report.holds, str(report)
     assert report.answered.keys() == {kind.name for kind in kinds}
     # What nobody can tell from good tokens is served.
@@ -203,6 +205,13 @@ def _drift(result: Any) -> None:
         (_set("fell_back", False), Setup(has_fallback=True), "expected OK fell_back"),
         (_set("is_latched", False), Setup(on_fault=OnFault.STOP), "expected BAD_TOKEN is_held is_latched"),
         (_with(ControlDecoder, "reset", lambda *_: None), Setup(on_fault=OnFault.STOP), "no service after it"),
+        (_with(BeliefJudge, "doubt_after", lambda *_: 0), Setup(), "OK, expected UNCERTAIN is_held"),
+        (_with(BeliefJudge, "doubt_after", lambda *_: 1), Setup(), "before it: UNCERTAIN is_held"),
+        (
+            _with(ActionGuard, "slow", lambda guard, action, _: guard.limit(action)),
+            Setup(when_uncertain=WhenUncertain.SLOW),
+            "not the action of this tick",
+        ),
         (_with(Retrier, "_succeeds", lambda *_: False), Setup(has_fallback=True), "what had failed was not taken back"),
     ],
 )

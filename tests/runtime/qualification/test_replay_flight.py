@@ -27,6 +27,7 @@ class Flight:
     def __init__(self, tokenizer: ActionTokenizer, folder: Path, **changes: Any) -> None:
         self.tokenizer, self.path = tokenizer, folder / "flight.npz"
         self.tokens, self.stats, _ = chunks_of(tokenizer, 16)
+        self.takes_beliefs = "beliefs" in changes
         self.rng, self.clock, self.sequence = np.random.default_rng(0), Clock(), 0
         broken, self.backend = switched(tokenizer)
         self.decoder = loop(broken, clock=self.clock, **{"record_ticks": 400, **changes})
@@ -41,6 +42,14 @@ class Flight:
         index = int(self.rng.integers(16))
         self.sequence += 1
         return self._send(index, layers, {"sequence": self.sequence, "observed_ns": self._observed(delay), **options})
+
+    def believe(self, doubt: float = 0.0, **options: Any) -> Status:
+        """The next chunk, as logits; doubt: 0 for what is certain, 1 for nothing known."""
+        index, model = int(self.rng.integers(16)), self.tokenizer.model
+        self.sequence += 1
+        logits = 50 * (1 - doubt) * (np.arange(model.vocabulary) == self.tokens[index][..., None])
+        options = {"sequence": self.sequence, "observed_ns": self._observed(0), **options}
+        return self.tick(logits=logits.astype(np.float32), **options)
 
     def swap(self) -> tuple[Status, Status]:
         """A draft, and on the next tick its full decode."""
@@ -87,11 +96,29 @@ class Flight:
             self.clock_fails,
             self.decoder.reset,
         ]
+        if self.takes_beliefs:
+            wrong += [
+                self.believe,
+                lambda: self.believe(1.0),
+                lambda: self.believe(0.96),
+                lambda: self.believe(np.nan),
+                lambda: self.believe(sequence=self.sequence - 2),
+                lambda: self.tick(tokens, probabilities=tokens),
+                lambda: self.tick(logits=tokens),
+                lambda: self.belief_fails(fails),
+                lambda: self.belief_fails(lambda actions: actions.fill(np.nan)),
+                lambda: self.belief_fails(lambda actions: actions.fill(1e6)),
+            ] * 2
         wrong[int(self.rng.integers(len(wrong)))]()
 
     def backend_fails(self, act: Callable[[Any], None]) -> None:
         self.backend.act = act
         self.chunk()
+        self.backend.act = None
+
+    def belief_fails(self, act: Callable[[Any], None]) -> None:
+        self.backend.act = act
+        self.believe()
         self.backend.act = None
 
     def take_long(self, actions: Any) -> None:
@@ -164,7 +191,14 @@ def test_a_tick_without_a_clock_right_after_a_start_counts_for_those_after_it(
 
 @STRATEGIES
 @pytest.mark.parametrize(
-    "changes", [{}, {"out_of_range": "limit"}, {"on_fault": "stop"}, {"max_consecutive_faults": 2}]
+    "changes",
+    [
+        {},
+        {"out_of_range": "limit", "beliefs": {"least_mode_probability": 0.9, "leave_ticks": 3}},
+        {"beliefs": {"mode": "likeliest mode", "std_limit": 1e-3, "when_uncertain": "slow"}},
+        {"on_fault": "stop"},
+        {"max_consecutive_faults": 2, "beliefs": {"least_mode_probability": 0.9, "when_uncertain": "ask"}},
+    ],
 )
 @pytest.mark.parametrize("has_chunk_tokens", [False, True])
 def test_a_flight_with_faults_of_every_kind_is_replayed(
@@ -196,9 +230,13 @@ def test_a_flight_with_faults_of_every_kind_is_replayed(
     assert differences == []
     # All that were asked for; those before serve to fill the queue.
     assert compared >= 400 - int(((record.columns["flags"] & RESET) != 0).sum())
-    if not changes:
-        assert statuses == set(Status)
-    assert bool((record.columns["flags"] & LATCHED).any()) is ("out_of_range" not in changes and bool(changes))
+    if changes.keys() <= {"beliefs"}:
+        assert statuses == set(Status) - ({Status.UNCERTAIN} if not changes else set())
+    if "beliefs" in changes:
+        assert Status.UNCERTAIN in statuses
+    assert bool((record.columns["flags"] & LATCHED).any()) is bool(
+        {"on_fault", "max_consecutive_faults"} & changes.keys()
+    )
 
 
 def test_a_record_without_a_tolerance_is_replayed_without_one(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
@@ -244,8 +282,17 @@ def test_a_ring_that_has_wrapped_keeps_the_latch(tokenizer: ActionTokenizer, tmp
 
 
 def _first(record: FlightRecord, count: int) -> FlightRecord:
-    columns = {name: column[:count] for name, column in record.columns.items()}
-    return FlightRecord(record.meta, columns, record.actions[:count], record.tokens[:count], record.stats[:count])
+    columns, beliefs = (
+        {name: rows[:count] for name, rows in named.items()} for named in (record.columns, record.beliefs)
+    )
+    arrays = record.actions[:count], record.tokens[:count], record.stats[:count]
+    return FlightRecord(record.meta, columns, *arrays, beliefs)
+
+
+def _arrays(record: FlightRecord) -> dict[str, Any]:
+    """As a file has them."""
+    named = {"actions": record.actions, "tokens": record.tokens, "stats": record.stats}
+    return {**record.columns, **named, **record.beliefs}
 
 
 @pytest.mark.parametrize("kind", ["refused chunk", "late", "backend", "clock", "run out", "latched"])
@@ -289,6 +336,44 @@ def test_a_backend_that_gave_something_else_is_found(tokenizer: ActionTokenizer,
     assert "; replayed OK [" in difference
 
 
+@pytest.mark.parametrize("when_uncertain", ["hold", "slow", "ask"])
+def test_beliefs_are_judged_again_from_what_they_decoded_to(
+    either_tokenizer: ActionTokenizer, tmp_path: Path, when_uncertain: str
+) -> None:
+    beliefs = {"least_mode_probability": 0.9, "when_uncertain": when_uncertain, "leave_ticks": 3, "temperature": 0.5}
+    flight = Flight(either_tokenizer, tmp_path, beliefs=beliefs)
+    uncertain = [flight.believe(doubt) is Status.UNCERTAIN for doubt in (0, 1, 0, 0, 0, 0, 1)]
+    assert uncertain == [False, True, True, True, False, False, True]
+    model, record = either_tokenizer.model, flight.record()
+    assert replay_flight(record, either_tokenizer) == (7, [])
+    # As wide as what came: 0 for the mode of the first, and nothing is known of the last.
+    assert record.beliefs["chunks"].shape == (8, model.chunk_length * model.action_dim)
+    np.testing.assert_allclose(record.beliefs["mode_probability"][[1, 3]], 1, atol=1e-3)
+    assert (record.beliefs["mode_probability"][[2, 7]] < 0.9).all()
+    assert (record.beliefs["std"][1] < record.beliefs["std"][2]).all()
+    whole = either_tokenizer.encode(either_tokenizer.decode(flight.tokens[0]))
+    assert record.beliefs["mode"].shape[1] == (
+        np.prod(whole.shape[1:-1]) * model.prefixes[0] if model.token_grid else 1
+    )
+    # With more doubt before it, it would have been uncertain.
+    columns = {name: column.copy() for name, column in record.columns.items()}
+    columns["doubt"][4] = 3
+    (difference,) = replay_flight(replace(record, columns=columns), either_tokenizer)[1]
+    assert difference.startswith("tick 5: recorded OK")
+    assert "; replayed UNCERTAIN" in difference
+
+
+def test_a_record_of_a_loop_that_knew_no_beliefs_is_replayed(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    flight = Flight(tokenizer, tmp_path)
+    for _ in range(10):
+        flight.chunk()
+    record = flight.record()
+    names = {"doubt", *record.beliefs}
+    arrays = {name: rows for name, rows in _arrays(record).items() if name not in names}
+    write_record(tmp_path / "before.npz", arrays, {**record.meta, "schema": 2})
+    assert replay_flight(read_record(tmp_path / "before.npz"), tokenizer) == (10, [])
+
+
 def test_statuses_that_were_altered_are_found(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
     flight = Flight(tokenizer, tmp_path)
     for _ in range(10):
@@ -320,8 +405,7 @@ def test_the_command_says_what_differs(
     )
     altered = tmp_path / "altered.npz"
     found = _altered(record, 7)
-    arrays = {**found.columns, "actions": found.actions, "tokens": found.tokens, "stats": found.stats}
-    write_record(altered, arrays, found.meta)
+    write_record(altered, _arrays(found), found.meta)
     assert main([str(bundle), str(altered)]) == 1
     out = capsys.readouterr().out
     assert out.startswith("tick 7: recorded OK")

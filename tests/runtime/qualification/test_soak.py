@@ -65,6 +65,20 @@ def test_nothing_grows_and_nothing_fails(
         assert str(part) in report.description
 
 
+@pytest.mark.parametrize("use_worker", [False, True])
+def test_nothing_grows_and_nothing_fails_where_chunks_come_as_beliefs(
+    use_worker: bool, either_tokenizer: ActionTokenizer
+) -> None:
+    # Python keeps up to 2,000 tuples of each length in stock, which fewer ticks do not fill.
+    setup = SoakSetup(use_worker=use_worker, beliefs=True, warm_ticks=300, traced_ticks=2000)
+    report = soak(either_tokenizer, 800, setup)
+    assert report.others == {}
+    assert report.rss_growth < RSS_LIMIT
+    assert report.kept <= KEPT_LIMIT
+    assert report.description.endswith("beliefs")
+    assert "tokenizer.decode_logits_into" in str(report)
+
+
 def test_the_slew_limit_holds_nothing_back_but_jumps(
     tokenizer: ActionTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
