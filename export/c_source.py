@@ -75,7 +75,8 @@ def c_tokenizer(
 
 def beliefs(template: str) -> str:
     """What decodes probabilities, from the template of this name."""
-    return filled(template, EXPONENTS=filled("exponents.c").rstrip()).rstrip()
+    parts = {part.upper(): filled(f"{part}.c").rstrip() for part in ("exponents", "lanes")}
+    return filled(template, **parts).rstrip()
 
 
 def decoder_name(prefix: int) -> str:

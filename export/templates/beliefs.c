@@ -5,7 +5,10 @@
 /* So many tokens are computed with at once. */
 enum { GROUP = 64 };
 
-/* What a call asks for; sharpness / ln 2, and whether it is none of the mode (1 or 0), of each token, from any token on. */
+/*
+ * What a call asks for. scale and is_fine, of the tokens from any layer on: sharpness / ln 2, and 1 where it is none of
+ * the mode, else 0.
+ */
 struct belief {
     int is_logits, keeps_mode;
     float scale[2 * L + GROUP], is_fine[2 * L + GROUP];
@@ -26,92 +29,7 @@ struct belief_decoder {
     const float *hidden_by_unit, *by_token;
 };
 
-/*
- * `lanes` are as many floats as a vector has, with which C computes as with one; AT_ONCE is how many. load_levels:
- * given [AT_ONCE][K] -> levels [K]; of a loop, compilers make loads of single floats, which take longer than all the
- * rest. WHERE_AT_MOST: x in those lanes where a <= b.
- */
-#if defined(__AVX512F__) && RFSQ_NUM_LEVELS <= 8
-typedef __m512 lanes;
-enum { AT_ONCE = 16 };
-#define FILLED(x) _mm512_set1_ps(x)
-#define LOAD(from) _mm512_loadu_ps(from)
-#define STORE(to, x) _mm512_storeu_ps(to, x)
-#define LARGER(a, b) _mm512_max_ps(a, b)
-#define SMALLER(a, b) _mm512_min_ps(a, b)
-#define WHERE_AT_MOST(a, b, x, otherwise) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), otherwise, x)
-
-static inline void load_levels(const float *restrict given, lanes *restrict levels)
-{
-    /* Of two loads of two tokens each, the first four levels of all four tokens, and those behind. */
-#define PLACES(k) (k), K + (k), 16 + (k), 16 + K + (k)
-    static _Alignas(64) const int32_t places[2][16] = {
-        {PLACES(0), PLACES(1), PLACES(2), PLACES(3)},
-        {PLACES(4), PLACES(5), PLACES(6), PLACES(7)},
-    };
-#undef PLACES
-    const __mmask16 two_tokens = (__mmask16)((1u << 2 * K) - 1);
-    lanes pairs[8];
-    for (int pair = 0; pair < 8; ++pair)
-        pairs[pair] = _mm512_maskz_loadu_ps(two_tokens, given + 2 * pair * K);
-    for (int k = 0; k < K; k += 4) {
-        const __m512i place = _mm512_load_si512(places[k / 4]);
-        const lanes row0 = _mm512_permutex2var_ps(pairs[0], place, pairs[1]);
-        const lanes row1 = _mm512_permutex2var_ps(pairs[2], place, pairs[3]);
-        const lanes row2 = _mm512_permutex2var_ps(pairs[4], place, pairs[5]);
-        const lanes row3 = _mm512_permutex2var_ps(pairs[6], place, pairs[7]);
-        const lanes low01 = _mm512_shuffle_f32x4(row0, row1, 0x44), high01 = _mm512_shuffle_f32x4(row0, row1, 0xee);
-        const lanes low23 = _mm512_shuffle_f32x4(row2, row3, 0x44), high23 = _mm512_shuffle_f32x4(row2, row3, 0xee);
-        const lanes found[] = {
-            _mm512_shuffle_f32x4(low01, low23, 0x88), _mm512_shuffle_f32x4(low01, low23, 0xdd),
-            _mm512_shuffle_f32x4(high01, high23, 0x88), _mm512_shuffle_f32x4(high01, high23, 0xdd),
-        };
-        for (int level = k; level < K && level < k + 4; ++level)
-            levels[level] = found[level - k];
-    }
-}
-#elif defined(__AVX__) && RFSQ_NUM_LEVELS >= 4
-typedef __m256 lanes;
-enum { AT_ONCE = 8 };
-#define FILLED(x) _mm256_set1_ps(x)
-#define LOAD(from) _mm256_loadu_ps(from)
-#define STORE(to, x) _mm256_storeu_ps(to, x)
-#define LARGER(a, b) _mm256_max_ps(a, b)
-#define SMALLER(a, b) _mm256_min_ps(a, b)
-#define WHERE_AT_MOST(a, b, x, otherwise) _mm256_blendv_ps(otherwise, x, _mm256_cmp_ps(a, b, _CMP_LE_OQ))
-
-static inline void load_levels(const float *restrict given, lanes *restrict levels)
-{
-    for (int k = 0; k < K; k += 4) {
-        /* The last four levels may be some of those before once more. */
-        const int first = k + 4 <= K ? k : K - 4;
-#define HALF(j) _mm_loadu_ps(given + (j)*K + first)
-#define ROW(j) _mm256_insertf128_ps(_mm256_castps128_ps256(HALF(j)), HALF((j) + 4), 1)
-        const lanes low01 = _mm256_unpacklo_ps(ROW(0), ROW(1)), high01 = _mm256_unpackhi_ps(ROW(0), ROW(1));
-        const lanes low23 = _mm256_unpacklo_ps(ROW(2), ROW(3)), high23 = _mm256_unpackhi_ps(ROW(2), ROW(3));
-#undef ROW
-#undef HALF
-        levels[first] = _mm256_shuffle_ps(low01, low23, 0x44);
-        levels[first + 1] = _mm256_shuffle_ps(low01, low23, 0xee);
-        levels[first + 2] = _mm256_shuffle_ps(high01, high23, 0x44);
-        levels[first + 3] = _mm256_shuffle_ps(high01, high23, 0xee);
-    }
-}
-#else
-typedef float lanes;
-enum { AT_ONCE = 1 };
-#define FILLED(x) (x)
-#define LOAD(from) (*(from))
-#define STORE(to, x) (*(to) = (x))
-#define LARGER(a, b) ((a) > (b) ? (a) : (b))
-#define SMALLER(a, b) ((a) < (b) ? (a) : (b))
-#define WHERE_AT_MOST(a, b, x, otherwise) ((a) <= (b) ? (x) : (otherwise))
-
-static inline void load_levels(const float *restrict given, lanes *restrict levels)
-{
-    memcpy(levels, given, K * sizeof *levels);
-}
-#endif
+/* @LANES@ */
 
 /* In pairs, of which none waits for all before it. */
 static inline lanes largest_of(const lanes *levels)

@@ -1,7 +1,3 @@
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
-
 /* 2^y for y <= 0: exact for whole y, and 0 from -127 on. What is not a number stays so. */
 static inline float power_of(float y)
 {
@@ -14,31 +10,6 @@ static inline float power_of(float y)
     const float p = low + square * (high + square * (0x1.3ce8b2p-7f + 0x1.5bd97cp-10f * f));
     const float power = float_of(bits_of(p) + (bits_of(shifted) << 23));
     return y <= 0 ? power : y;
-}
-
-/* `power_of`, in the place of each y. */
-static inline void powers(int count, float *y)
-{
-    int i = 0;
-#ifdef __AVX512DQ__
-    /* In half as many instructions: two of them do what `power_of` does before and behind its polynomial. */
-#pragma GCC unroll 4
-    for (; i + 16 <= count; i += 16) {
-        __m512 exponent = _mm512_loadu_ps(y + i);
-        /* From a register: an AMD Zen 5 takes several times as long where either of the two reads memory. */
-        __asm__("" : "+v"(exponent));
-        /* Less the whole number at or below it. */
-        const __m512 f = _mm512_reduce_ps(exponent, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-        /* Fitted to 2^f with a relative error of at most 1e-7. */
-        const float factors[] = {0x1.277824p-7f, 0x1.c91cf0p-5f, 0x1.ebdb56p-3f, 0x1.62e4bap-1f, 1};
-        __m512 p = _mm512_set1_ps(0x1.e975aap-10f);
-        for (int term = 0; term < 5; ++term)
-            p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(factors[term]));
-        _mm512_storeu_ps(y + i, _mm512_scalef_ps(p, exponent));
-    }
-#endif
-    for (; i < count; ++i)
-        y[i] = power_of(y[i]);
 }
 
 /* What a difference of logits is multiplied by to be an exponent of `power_of`: sharpness / ln 2, and finite. */
