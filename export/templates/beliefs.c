@@ -175,12 +175,10 @@ static inline void mish_with_slopes(int count, float *restrict values, float *re
 static inline void to_deviations(const struct belief_decoder decoder, const float *restrict slopes,
                                  const float *restrict spread, float *restrict deviations)
 {
-    static _Alignas(64) const float none[L * PADDED(D)] = {0};
+    static _Alignas(64) const float none[PADDED(D)] = {0};
     const int inputs = decoder.inputs;
     /* Of every eighth input one sum, as in `linear_to_few`. */
     _Alignas(64) float sums[A * STEPS * 8], sums_of_4[A * STEPS * 4], sums_of_2[A * STEPS * 2], variances[A * STEPS];
-    for (int i = 0; i < A * STEPS * 8; ++i)
-        sums[i] = 0;
     for (int a = 0; a < A; ++a) {
         _Alignas(64) float by_unit[STEPS * WIDE(H)], by_latent[STEPS * PADDED(D)], by_token[STEPS * L * PADDED(D)];
         float *slope = by_latent;
@@ -189,15 +187,25 @@ static inline void to_deviations(const struct belief_decoder decoder, const floa
                 by_unit[s * WIDE(H) + h] = decoder.decoder.second_weight[a * WIDE(H) + h] * slopes[s * WIDE(H) + h];
         linear(H, WIDE(H), D, decoder.hidden_by_unit, none, by_unit, by_latent);
         if (decoder.by_token != NULL) {
-            linear(D, PADDED(D), inputs, decoder.by_token, none, by_latent, by_token);
+            /* Of `linear`, GCC would compute one output at a time here. */
+            for (int s = 0; s < STEPS; ++s)
+                for (int i = 0; i < inputs; ++i) {
+                    float sum = 0;
+                    for (int d = 0; d < D; ++d)
+                        sum += by_latent[s * PADDED(D) + d] * decoder.by_token[d * inputs + i];
+                    by_token[s * inputs + i] = sum;
+                }
             slope = by_token;
         }
         for (int i = 0; i < STEPS * inputs; ++i)
             slope[i] *= slope[i] * spread[i];
-        for (int first = 0; first < inputs; first += 8)
-            for (int s = 0; s < STEPS; ++s)
+        for (int s = 0; s < STEPS; ++s) {
+            float sum[8] = {0};
+            for (int first = 0; first < inputs; first += 8)
                 for (int lane = 0; lane < 8; ++lane)
-                    sums[(a * STEPS + s) * 8 + lane] += slope[s * inputs + first + lane];
+                    sum[lane] += slope[s * inputs + first + lane];
+            memcpy(sums + (a * STEPS + s) * 8, sum, sizeof sum);
+        }
     }
     add_halves(A * STEPS, 4, sums, sums_of_4);
     add_halves(A * STEPS, 2, sums_of_4, sums_of_2);
