@@ -20,11 +20,14 @@ from rfsq.calibration.beliefs import (
     settings_of,
 )
 from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.recovered import default_prefixes
 from rfsq.calibration.tables import Table
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint
+from rfsq.rfsq_ref.fingerprint import chunk_fingerprint, fingerprint
 from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.runtime.bundle.advice import quoted
+from rfsq.runtime.bundle.beliefs import BeliefKind
+from rfsq.runtime.bundle.manifest import Manifest
 from rfsq.runtime.bundle.paths import counted, replacing, shown
 
 if TYPE_CHECKING:
@@ -36,13 +39,14 @@ _LARGEST_ID = 2**62
 _FEW = 12
 
 
-def load_logits(path: Path, tokens: Checkpoint | ChunkCheckpoint) -> tuple[PolicyLogits, list[int]]:
-    """What a policy said, and the episode of each chunk.
+def load_logits(path: Path, tokens: Checkpoint | ChunkCheckpoint, bundle: Manifest) -> tuple[PolicyLogits, list[int]]:
+    """What a policy said, and the episode of each chunk. bundle: what decodes it, built from `tokens`.
 
     The file is an .npz with `actions` [N, T, A], the recorded chunks in physical units, `episode` [N], and what the
     policy said of each: `logits` [N, T, D, l, K] of per-step tokens or [N, l, V] of chunk tokens; or, of these,
     `class_logits` [N, C] and `bit_logits` [N, n], given the likeliest class. Raises CalibrationError.
     """
+    _require_same(tokens, bundle)
     arrays = _read(path)
     actions, episodes = _floats(arrays, "actions", path), arrays["episode"]
     if actions.ndim != 3 or not actions.numel():
@@ -65,44 +69,70 @@ def load_logits(path: Path, tokens: Checkpoint | ChunkCheckpoint) -> tuple[Polic
                 "+inf, and a finite logit in each distribution"
             )
     if isinstance(tokens, ChunkCheckpoint):
-        return _of_chunks(path, tokens, actions, said), episodes.tolist()
-    return _of_steps(path, tokens, actions, said), episodes.tolist()
+        return _of_chunks(path, tokens, bundle, actions, said), episodes.tolist()
+    return _of_steps(path, tokens, bundle, actions, said), episodes.tolist()
 
 
-def _of_chunks(path: Path, tokens: ChunkCheckpoint, actions: Tensor, said: dict[str, Tensor]) -> PolicyLogits:
+def _require_same(tokens: Checkpoint | ChunkCheckpoint, bundle: Manifest) -> None:
+    """Raises CalibrationError for a checkpoint that the bundle was not built from."""
+    mode = bundle.model.mode
+    if isinstance(tokens, ChunkCheckpoint):
+        found = chunk_fingerprint(tokens)
+    elif mode == "chunk" or (mode == "recovered" and bundle.model.depth not in tokens.recovered):
+        found = ""
+    else:
+        found = fingerprint(tokens, mode)
+    if found != bundle.fingerprint:
+        raise CalibrationError(
+            f"the bundle {bundle.fingerprint[:16]}, of {mode} tokens, was not built from this checkpoint; give the "
+            f"one that it was built from: where the build itself fitted it, {quoted('calibrate')} with the same data "
+            "gives the same"
+        )
+    if bundle.model.has_stats:
+        raise CalibrationError(
+            f"{mode} tokens do not decode alone, so no beliefs of them do; build a calibrated bundle"
+        )
+
+
+def _of_chunks(
+    path: Path, tokens: ChunkCheckpoint, bundle: Manifest, actions: Tensor, said: dict[str, Tensor]
+) -> PolicyLogits:
     sizes, model = tokens.sizes, tokens.model(dtype=torch.float64)
     _check(path, "actions", actions, (sizes.chunk_length, sizes.action_dim))
     if said.keys() == _TOKENS:
         length = min(said["logits"].shape[1], sizes.num_tokens)
         _check(path, "logits", said["logits"], (length, 1 << sizes.token_bits))
-        return TokenLogits(model, actions, said["logits"])
+        return TokenLogits(BeliefKind(bundle.fingerprint, "tokens", length, 0), model, actions, said["logits"])
     if said.keys() == _BITS:
         _check(path, "class_logits", said["class_logits"], (sizes.num_classes,))
         bits = said["bit_logits"]
         whole = min(max((bits.shape[1] + sizes.class_bits) // sizes.token_bits, 1), sizes.num_tokens)
         _check(path, "bit_logits", bits, (whole * sizes.token_bits - sizes.class_bits,))
-        return BitLogits(model, actions, said["class_logits"], said["bit_logits"])
+        kind = BeliefKind(bundle.fingerprint, "classes and bits", whole, 0)
+        return BitLogits(kind, model, actions, said["class_logits"], said["bit_logits"])
     raise CalibrationError(
         f"{path} has {', '.join(sorted(said)) or 'no logits'}; expected logits [N, l, V], or class_logits [N, C] and "
         "bit_logits [N, n], for chunk tokens"
     )
 
 
-def _of_steps(path: Path, tokens: Checkpoint, actions: Tensor, said: dict[str, Tensor]) -> PolicyLogits:
-    config = tokens.config
-    if tokens.constants is None and not tokens.recovered:
-        raise CalibrationError("the checkpoint has no tokens that decode on their own; calibrate it first")
-    conditioning = Conditioning.CALIBRATED if tokens.constants is not None else Conditioning.DYNAMIC
+def _of_steps(
+    path: Path, tokens: Checkpoint, bundle: Manifest, actions: Tensor, said: dict[str, Tensor]
+) -> PolicyLogits:
+    config, prefixes = tokens.config, bundle.model.prefixes
     _check(path, "actions", actions, (actions.shape[1], config.action_dim))
     if said.keys() != _STEP:
         raise CalibrationError(
             f"{path} has {', '.join(sorted(said)) or 'no logits'}; expected logits [N, T, D, l, K] for per-step tokens"
         )
     logits = said["logits"]
-    length = min(logits.shape[3] if logits.ndim == 5 else 1, config.num_layers)
+    length = logits.shape[3] if logits.ndim == 5 and logits.shape[3] in prefixes else prefixes[-1]
     _check(path, "logits", logits, (actions.shape[1], config.latent_dim, length, config.num_levels))
-    coarse = min(default_prefixes(config.num_layers)[0], length)
-    return StepLogits(tokens.model(conditioning, dtype=torch.float64), actions, logits, coarse)
+    conditioning = Conditioning.DYNAMIC if bundle.model.mode == "recovered" else Conditioning(bundle.model.mode)
+    if bundle.model.mode == "recovered" and length not in tokens.recovered:
+        raise CalibrationError(f"the checkpoint has no recovered decoder of {length} layers, as the bundle has")
+    kind = BeliefKind(bundle.fingerprint, "tokens", length, prefixes[0])
+    return StepLogits(kind, tokens.model(conditioning, dtype=torch.float64), actions, logits)
 
 
 def _check(path: Path, name: str, array: Tensor, shape: tuple[int, ...]) -> None:
@@ -166,7 +196,7 @@ def format_beliefs(report: BeliefReport, *, is_verbose: bool) -> str:
         }
         for spread in report.spreads
     ]
-    title = f"fitted to {counted(report.fitted, 'episode')}, judged on {report.judged} others"
+    title = f"of {counted(report.episodes, 'episode')}, each judged by a fit that leaves it out, {report.folds} fits"
     parts = [Table.of(f"what the policy chooses, {title}", rows).text()]
     if len(shown_choices) < len(report.choices):
         parts.append(f"{len(report.choices) - len(shown_choices)} more choices: -v shows all")

@@ -9,7 +9,7 @@ from rfsq.runtime.bundle.paths import counted
 
 
 def draw_belief_report(report: BeliefReport) -> Figure:
-    figure = new_figure(8.5, f"beliefs: judged on {counted(report.judged, 'episode')}")
+    figure = new_figure(8.5, f"beliefs: {counted(report.episodes, 'episode')}, each judged by a fit that leaves it out")
     above, below = figure.subplots(2, 1)
     _draw_reliability(above, report)
     _draw_spreads(below, report)

@@ -3,7 +3,8 @@
 A temperature for each layer, token or bit maximises the likelihood of the recorded tokens (Guo et al. 2017, On
 Calibration of Modern Neural Networks, arXiv 1706.04599). Tokens are taken to be independent where beliefs are decoded,
 and they are not: so each action dimension has a scale, too, with which about as many errors lie within one standard
-deviation, and within two, as of a Gaussian. Episodes that nothing is fitted to judge both.
+deviation, and within two, as of a Gaussian. Both are fitted to all episodes, and judged by fits that each leave out
+some of them: every episode is judged by what was not fitted to it.
 """
 
 import math
@@ -14,14 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rfsq.calibration.errors import CalibrationError
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.beliefs import BitProbabilities, bits_of_tokens, chunk_belief, step_belief
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.runtime.bundle.belief_settings import BeliefSettings
-from rfsq.runtime.bundle.beliefs import Belief, BeliefMode
+from rfsq.runtime.bundle.beliefs import Belief, BeliefKind, BeliefMode
 
 #: Shares of a Gaussian within one and two standard deviations.
 WITHIN_ONE, WITHIN_TWO = 0.682689, 0.954500
@@ -31,6 +31,8 @@ MODES: tuple[BeliefMode, ...] = ("expected", "likeliest mode")
 #: Beyond these a policy knows nothing, or all.
 _SHARPEST, _FLATTEST = 1 / 20, 100.0
 _NEWTON_STEPS, _PARTS, _SCALES = 60, 15, 11
+#: Fits that judge, each on the episodes that it leaves out.
+_FOLDS = 5
 #: Spreads that are so much too small are those of what was taken as certain, and none of an action.
 _MOST_SCALE = 100.0
 #: A logit of what will not be.
@@ -49,8 +51,10 @@ class Choice:
 
 
 class PolicyLogits(ABC):
-    """What a policy said of N recorded chunks; actions: float64 [N, T, A]."""
+    """What a policy said of N recorded chunks. kind: in which form, and of which tokenizer; actions: float64
+    [N, T, A]."""
 
+    kind: BeliefKind
     actions: Tensor
 
     @abstractmethod
@@ -64,12 +68,12 @@ class PolicyLogits(ABC):
 
 @dataclass(frozen=True, eq=False)
 class StepLogits(PolicyLogits):
-    """Per-step tokens: [N, T, D, l, K]; coarse: layers that are the mode."""
+    """Per-step tokens: [N, T, D, l, K]."""
 
+    kind: BeliefKind
     model: ActionAutoencoder
     actions: Tensor
     logits: Tensor
-    coarse: int
 
     def choices(self, rows: Tensor) -> list[Choice]:
         tokens, size = self.model.encode(self.actions[rows])[0], self.logits.shape[-1]
@@ -80,13 +84,14 @@ class StepLogits(PolicyLogits):
 
     def belief(self, rows: Tensor, temperature: Tensor, mode: BeliefMode) -> Belief[Tensor]:
         probabilities = (self.logits[rows] / temperature.unsqueeze(-1)).softmax(-1)
-        return step_belief(self.model, probabilities, mode, self.coarse, None)
+        return step_belief(self.model, probabilities, mode, self.kind.coarse, None)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenLogits(PolicyLogits):
     """Chunk tokens of a vocabulary: [N, l, V]."""
 
+    kind: BeliefKind
     model: ChunkTokenizer
     actions: Tensor
     logits: Tensor
@@ -107,6 +112,7 @@ class TokenLogits(PolicyLogits):
 class BitLogits(PolicyLogits):
     """Chunk tokens as class [N, C] and bits [N, n], these of the likeliest class."""
 
+    kind: BeliefKind
     model: ChunkTokenizer
     actions: Tensor
     classes: Tensor
@@ -129,8 +135,8 @@ class BitLogits(PolicyLogits):
 
 @dataclass(frozen=True)
 class ChoiceReport:
-    """Of windows that nothing was fitted to, before and after: nll, mean negative log-likelihood of what was recorded;
-    ece, the expected calibration error of the likeliest."""
+    """temperature: fitted to all. Of windows that the judging fit left out, before and after: nll, mean negative
+    log-likelihood of what was recorded; ece, the expected calibration error of the likeliest."""
 
     name: str
     temperature: float
@@ -140,8 +146,9 @@ class ChoiceReport:
 
 @dataclass(frozen=True)
 class SpreadReport:
-    """Of the same windows: scale of each action dimension, None where most spreads are 0 or nearly so, which no scale
-    mends; within_one, within_two: share of all errors within so many standard deviations, before and after."""
+    """scale: of each action dimension, fitted to all; None where most spreads are 0 or nearly so, which no scale mends.
+    Of the same windows: within_one, within_two, share of all errors within so many standard deviations, before and
+    after."""
 
     mode: BeliefMode
     scale: tuple[float, ...] | None
@@ -161,19 +168,39 @@ class Reliability:
 
 @dataclass(frozen=True)
 class BeliefReport:
-    """fitted, judged: numbers of episodes; reliability: before and after; remarks: what a person should know."""
+    """kind: what was fitted to; episodes: how many; folds: how many fits judge; reliability: before and after; remarks:
+    what a person should know."""
 
-    fitted: int
-    judged: int
+    kind: BeliefKind
+    episodes: int
+    folds: int
     choices: tuple[ChoiceReport, ...]
     spreads: tuple[SpreadReport, ...]
     reliability: tuple[Reliability, Reliability]
     remarks: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Said:
+    """Of one choice, M times. nll: of what was recorded; confidence: the likeliest's probability; right: whether that
+    is what was recorded, 0 or 1."""
+
+    nll: Tensor
+    confidence: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """temperature: of each choice; scales: [A] of each mode, or None."""
+
+    temperature: Tensor
+    scales: dict[BeliefMode, Tensor | None]
+
+
 @torch.no_grad()
 def calibrate_beliefs(given: PolicyLogits, episodes: Sequence[int], seed: int = 0) -> BeliefReport:
-    """Fit to half of the episodes, and judge on the others. episodes: of each chunk, any numbers.
+    """Fit to all episodes, and judge by fits that each leave out some of them. episodes: of each chunk, any numbers.
 
     Raises CalibrationError for fewer than two episodes.
     """
@@ -181,23 +208,66 @@ def calibrate_beliefs(given: PolicyLogits, episodes: Sequence[int], seed: int = 
     names = torch.tensor(sorted(set(episodes)))
     if len(names) < 2:
         raise CalibrationError(
-            f"all windows are of {len(names)} episode; expected two at least, to fit to one half and judge on the other"
+            f"all windows are of {len(names)} episode; expected two at least, to fit to some and judge on others"
         )
     shuffled = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
-    half = (len(names) + 1) // 2
-    fitted, judged = (torch.isin(own, part).nonzero()[:, 0] for part in (shuffled[:half], shuffled[half:]))
-    temperature = torch.tensor([fit_temperature(choice) for choice in given.choices(fitted)], dtype=torch.float64)
-    choices = given.choices(judged)
-    reports = tuple(_judged(choice, float(value)) for choice, value in zip(choices, temperature, strict=True))
-    spreads = tuple(_spread(given, fitted, judged, temperature, mode) for mode in MODES)
+    parts = torch.tensor_split(shuffled, min(_FOLDS, len(names)))
+    whole, folds = _fit(given, torch.arange(len(own))), []
+    for part in parts:
+        is_judged = torch.isin(own, part)
+        folds.append((is_judged.nonzero()[:, 0], _fit(given, (~is_judged).nonzero()[:, 0])))
+    before, after = _said(given, folds)
+    reports = tuple(
+        ChoiceReport(name, float(value), *_compared(before[name], after[name]))
+        for name, value in zip(before, whole.temperature, strict=True)
+    )
+    spreads = tuple(_spread(given, folds, whole, mode) for mode in MODES)
     return BeliefReport(
-        fitted=half,
-        judged=len(names) - half,
+        kind=given.kind,
+        episodes=len(names),
+        folds=len(parts),
         choices=reports,
         spreads=spreads,
-        reliability=(reliability(choices, torch.ones_like(temperature)), reliability(choices, temperature)),
+        reliability=(reliability(list(before.values())), reliability(list(after.values()))),
         remarks=(*_temperature_remarks(reports), *map(_spread_remark, (part for part in spreads if not part.scale))),
     )
+
+
+def _fit(given: PolicyLogits, rows: Tensor) -> _Fit:
+    temperature = torch.tensor([fit_temperature(choice) for choice in given.choices(rows)], dtype=torch.float64)
+    return _Fit(
+        temperature, {mode: _scale(_deviations(given, rows, temperature, mode).flatten(0, 1)) for mode in MODES}
+    )
+
+
+def _said(given: PolicyLogits, folds: Sequence[tuple[Tensor, _Fit]]) -> tuple[dict[str, Said], dict[str, Said]]:
+    """By the names of choices: as it is, and with temperatures that were fitted to other episodes."""
+    found: tuple[dict[str, list[Said]], dict[str, list[Said]]] = {}, {}
+    for rows, fit in folds:
+        for choice, temperature in zip(given.choices(rows), fit.temperature, strict=True):
+            for side, value in zip(found, (1.0, float(temperature)), strict=True):
+                side.setdefault(choice.name, []).append(said_of(choice, value))
+    before, after = ({name: _joined(parts) for name, parts in side.items()} for side in found)
+    return before, after
+
+
+def said_of(choice: Choice, temperature: float = 1.0) -> Said:
+    """With this temperature."""
+    logs = (_finite(choice.logits) / temperature).log_softmax(-1)
+    likeliest = logs.max(-1)
+    nll = -logs.gather(1, choice.taken.unsqueeze(1))[:, 0]
+    return Said(nll, likeliest.values.exp(), (likeliest.indices == choice.taken).double())
+
+
+def _joined(parts: Sequence[Said]) -> Said:
+    return Said(*(torch.cat([getattr(part, name) for part in parts]) for name in ("nll", "confidence", "right")))
+
+
+def _compared(before: Said, after: Said) -> tuple[tuple[float, float], tuple[float, float]]:
+    """nll, and calibration errors."""
+    sides = before, after
+    nll, ece = [float(side.nll.mean()) for side in sides], [calibration_error([side]) for side in sides]
+    return (nll[0], nll[1]), (ece[0], ece[1])
 
 
 def _temperature_remarks(reports: Sequence[ChoiceReport]) -> list[str]:
@@ -246,24 +316,9 @@ def _finite(logits: Tensor) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)).clamp(min=_UNLIKELY)
 
 
-def _judged(choice: Choice, temperature: float) -> ChoiceReport:
-    found = [(_nll(choice, value), calibration_error([choice], torch.tensor([value]))) for value in (1.0, temperature)]
-    (nll, ece), (nll_after, ece_after) = found
-    return ChoiceReport(choice.name, temperature, (nll, nll_after), (ece, ece_after))
-
-
-def _nll(choice: Choice, temperature: float) -> float:
-    return float(functional.cross_entropy(_finite(choice.logits) / temperature, choice.taken))
-
-
-def reliability(choices: Sequence[Choice], temperature: Tensor) -> Reliability:
+def reliability(said: Sequence[Said]) -> Reliability:
     """Of all choices together."""
-    confidences, rights = [], []
-    for choice, value in zip(choices, temperature, strict=True):
-        likeliest = (_finite(choice.logits) / value).softmax(-1).max(-1)
-        confidences.append(likeliest.values)
-        rights.append((likeliest.indices == choice.taken).double())
-    confidence, right = torch.cat(confidences), torch.cat(rights)
+    confidence, right = (torch.cat([getattr(part, name) for part in said]) for name in ("confidence", "right"))
     part = (confidence * _PARTS).long().clamp(max=_PARTS - 1)
     count = torch.bincount(part, minlength=_PARTS)
     kept = count > 0
@@ -274,25 +329,30 @@ def reliability(choices: Sequence[Choice], temperature: Tensor) -> Reliability:
     return Reliability(means[0], means[1], tuple((count[kept] / len(part)).tolist()))
 
 
-def calibration_error(choices: Sequence[Choice], temperature: Tensor) -> float:
+def calibration_error(said: Sequence[Said]) -> float:
     """The expected calibration error of the likeliest: mean distance of confidence and accuracy over the parts."""
-    found = reliability(choices, temperature)
+    found = reliability(said)
     return sum(
         share * abs(confidence - accuracy)
         for confidence, accuracy, share in zip(found.confidence, found.accuracy, found.share, strict=True)
     )
 
 
-def _spread(given: PolicyLogits, fitted: Tensor, judged: Tensor, temperature: Tensor, mode: BeliefMode) -> SpreadReport:
-    before = _deviations(given, judged, torch.ones_like(temperature), mode)
-    scale = _scale(_deviations(given, fitted, temperature, mode).flatten(0, 1))
-    after = _deviations(given, judged, temperature, mode)
-    after = after if scale is None else after / scale
+def _spread(given: PolicyLogits, folds: Sequence[tuple[Tensor, _Fit]], whole: _Fit, mode: BeliefMode) -> SpreadReport:
+    """The scale of the whole fit, judged by those of the folds."""
+    before, after = [], []
+    for rows, fit in folds:
+        before.append(_deviations(given, rows, torch.ones_like(fit.temperature), mode))
+        scale = fit.scales[mode]
+        off = _deviations(given, rows, fit.temperature, mode)
+        after.append(off if scale is None else off / scale)
     (one_before, one_after), (two_before, two_after) = (
-        [float((part <= most).double().mean()) for part in (before, after)] for most in (1, 2)
+        [float((torch.cat(part) <= most).double().mean()) for part in (before, after)] for most in (1, 2)
     )
-    found = None if scale is None else tuple(scale.tolist())
-    return SpreadReport(mode, found, (one_before, one_after), (two_before, two_after))
+    found = whole.scales[mode]
+    return SpreadReport(
+        mode, None if found is None else tuple(found.tolist()), (one_before, one_after), (two_before, two_after)
+    )
 
 
 def _scale(errors: Tensor) -> Tensor | None:
@@ -330,6 +390,7 @@ def _deviations(given: PolicyLogits, rows: Tensor, temperature: Tensor, mode: Be
 def settings_of(report: BeliefReport) -> BeliefSettings:
     """What a robot needs of a report."""
     return BeliefSettings(
+        report.kind,
         tuple(choice.temperature for choice in report.choices),
         {spread.mode: spread.scale for spread in report.spreads if spread.scale is not None},
     )

@@ -78,6 +78,9 @@ def _parser() -> CommandParser:
         help="fit temperatures and spreads to a policy's logits on windows held out, an .npz; --checkpoint is the "
         "tokenizer, --output the settings",
     )  # fmt: skip
+    parser.add_argument(
+        "--for-bundle", type=path_argument, metavar="BUNDLE", help="that decodes these, built from --checkpoint"
+    )
     parser.add_argument("--report-dir", type=path_argument, metavar="DIR", help="default: the same below build/reports")
     parser.add_argument(
         "--kind", type=TokenKind, choices=list(TokenKind), default=TokenKind.STEP,
@@ -134,6 +137,8 @@ def _work(options: argparse.Namespace) -> Outcome:
     refuse_idle_choices(options)
     if options.beliefs is None:
         _refuse_unused(options)
+        if options.for_bundle is not None:
+            raise CalibrationError("--for-bundle given, which --beliefs alone uses; drop it")
     import torch
 
     # Sums come out in one order, whatever the machine has: the same data give the same constants.
@@ -219,12 +224,16 @@ def _fit_beliefs(options: argparse.Namespace) -> Outcome:
     from rfsq.calibration.report import report_files, staged_report
     from rfsq.rfsq_ref.checkpoints import load_checkpoint
     from rfsq.rfsq_ref.chunk_checkpoint import load_chunk_checkpoint
+    from rfsq.runtime.bundle.folder import open_bundle
 
     if unused := _given(options, _OF_FITS):
         flags = ", ".join("--" + name.replace("_", "-") for name in unused)
         raise CalibrationError(f"{flags} given, which --beliefs does not use; drop it")
-    if options.checkpoint is None:
-        raise CalibrationError("--beliefs needs the tokenizer that the policy speaks: give it with --checkpoint F")
+    if options.checkpoint is None or options.for_bundle is None:
+        raise CalibrationError(
+            "--beliefs needs the tokenizer that the policy speaks, --checkpoint F, and the bundle that was built from "
+            "it and decodes what the policy says, --for-bundle BUNDLE"
+        )
     output: Path = options.output or Path(f"build/beliefs/{options.beliefs.stem}.json")
     report_dir: Path = options.report_dir or Path(f"build/reports/{options.beliefs.stem}-beliefs")
     refuse_existing([output, *report_files(report_dir)], overwrite=options.overwrite)
@@ -233,7 +242,7 @@ def _fit_beliefs(options: argparse.Namespace) -> Outcome:
         if options.kind is TokenKind.CHUNK
         else load_checkpoint(options.checkpoint, use_layernorm=options.use_layernorm, weights=options.weights)
     )
-    report = calibrate_beliefs(*load_logits(options.beliefs, tokens))
+    report = calibrate_beliefs(*load_logits(options.beliefs, tokens, open_bundle(options.for_bundle).manifest))
     print(format_beliefs(report, is_verbose=options.verbose))
     with staged_report(report, report_dir, draw_beliefs):
         write_settings(report, output)

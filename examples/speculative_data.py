@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from rfsq.rfsq_ref.data import ActionDataset
-from rfsq.runtime.torch_adapter import ActionRFSQAE
+from rfsq.runtime.torch_adapter import ActionRFSQAE, ChunkTokenizer
 
 FloatArray = npt.NDArray[np.float32]
 #: Chunks looked back at.
@@ -46,7 +46,7 @@ class Eyes:
 @dataclass(frozen=True, eq=False)
 class Windows:
     """context [N, C]; actions [N, T, A], what the demonstrator did then; before [N, T, A], the chunk before it;
-    codes int64 [N, T, D, L], of actions, and codes_before, of before.
+    codes int64 [N, T, D, L], of actions, and codes_before, of before; of chunk tokens [N, L].
     """
 
     context: torch.Tensor
@@ -59,7 +59,7 @@ class Windows:
         return len(self.context)
 
 
-def cut_windows(episodes: ActionDataset, eyes: Eyes, tokenizer: ActionRFSQAE, every: int) -> Windows:
+def cut_windows(episodes: ActionDataset, eyes: Eyes, tokenizer: ActionRFSQAE | ChunkTokenizer, every: int) -> Windows:
     """One window each `every` steps; none reaches over the end of an episode."""
     length, contexts, actions, before = eyes.chunk_length, [], [], []
     for episode, task in zip(episodes.episodes, episodes.tasks, strict=True):

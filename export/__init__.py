@@ -6,7 +6,7 @@ The command and its steps:
 - deployable: what a build deploys; step_tokens, chunk_tokens: either kind as such
 - sources: checkpoint, mode and episodes
 - on_target: `--from-bundle`, without torch; progress: the list of steps that a person watches
-- bundle_writer: writes a bundle beside its place and renames it; fingerprint: the identity of a tokenizer
+- bundle_writer: writes a bundle beside its place and renames it
 
 What is generated:
 

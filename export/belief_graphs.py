@@ -12,20 +12,31 @@ from rfsq.export.plan import DecoderPlan
 _STRAIGHT = 20.0
 
 
-class _DoubleBuilder(LayerBuilder):
-    """All in double, as the processor has it: weights may be large, and a mean is no whole number as a token is."""
+class _BeliefBuilder(LayerBuilder):
+    """In double where the processor runs it: weights may be large, and a mean is no whole number as a token is."""
+
+    @property
+    def float_type(self) -> int:
+        return int(TensorProto.DOUBLE if self.form is LinearForm.GEMM else TensorProto.FLOAT)
 
     def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
-        return super().constant(name, value.astype(np.float64) if value.dtype == np.float32 else value)
+        is_widened = self.form is LinearForm.GEMM and value.dtype == np.float32
+        return super().constant(name, value.astype(np.float64) if is_widened else value)
+
+    def summed(self, value: str, axis: int, output: str, *, keep: bool = False) -> str:
+        place = self.constant(f"axis_{axis}", np.array([axis], np.int64))
+        return self.apply("ReduceSum", [value, place], output, keepdims=int(keep))
 
 
-def belief_graph(plan: DecoderPlan) -> bytes:
+def belief_graph(plan: DecoderPlan, form: LinearForm = LinearForm.GEMM) -> bytes:
     """probabilities float32 [batch, T, D, l, K] -> actions and std float32 [batch, T, A].
 
     Distributions are divided by their sum. The mean of the tokens is decoded as tokens are. The variance of what is
     decoded is that of the tokens through the derivative there, as if all behind the mean were straight.
+
+    No form marks what is illegal: a host has made the probabilities (`runtime/backends/graph_beliefs.py`).
     """
-    build = _DoubleBuilder(LinearForm.GEMM)
+    build = _BeliefBuilder(form)
     mean, variance = _moments(build, plan)
     inner = build.linear(mean, plan.first, "inner")
     outer = build.linear(build.mish(inner, "hidden", largest=largest_sum(plan)), plan.second, "outer")
@@ -41,48 +52,48 @@ def belief_graph(plan: DecoderPlan) -> bytes:
     return build.model("belief", [batched("probabilities", TensorProto.FLOAT, *sizes)], outputs)
 
 
-def _moments(build: LayerBuilder, plan: DecoderPlan) -> tuple[str, str]:
-    """Mean and variance of the tokens, [N, D * l]."""
-    precise = build.apply("Cast", ["probabilities"], "precise", to=TensorProto.DOUBLE)
+def _moments(build: _BeliefBuilder, plan: DecoderPlan) -> tuple[str, str]:
+    """Mean and variance of the tokens, [N, D * l].
+
+    Both about the whole number next to the mean: of a token that is nearly certain float32 has them to its last digits.
+    """
+    precise = build.apply("Cast", ["probabilities"], "precise", to=build.float_type)
     flat = build.reshape(precise, (-1, plan.latent_dim * plan.prefix, plan.num_levels), "flat")
     levels = build.constant("levels", np.arange(plan.num_levels, dtype=np.float32))
-    axis = build.constant("level_axis", np.array([2], np.int64))
+    total = build.summed(flat, 2, "total", keep=True)
 
-    def summed(value: str, output: str) -> str:
-        return build.apply("ReduceSum", [value, axis], output, keepdims=1)
+    def expected(factor: str, output: str) -> str:
+        parts = build.apply("Mul", [flat, factor], f"{output}.products")
+        return build.apply("Div", [build.summed(parts, 2, f"{output}.sums", keep=True), total], output)
 
-    total = summed(flat, "total")
-    counted = summed(build.apply("Mul", [flat, levels], "mean.products"), "mean.sums")
-    mean = build.apply("Div", [counted, total], "mean")
-    distance = build.apply("Sub", [levels, mean], "distance")
-    squares = build.apply("Mul", [distance, distance], "distance.squares")
-    spread = summed(build.apply("Mul", [flat, squares], "variance.products"), "variance.sums")
-    variance = build.apply("Div", [spread, total], "variance")
+    near = build.apply("Round", [expected(levels, "level")], "level.near")
+    distance = build.apply("Sub", [levels, near], "distance")
+    beyond = expected(distance, "beyond")
+    squares = expected(build.apply("Mul", [distance, distance], "distance.squares"), "squares")
+    variance = build.apply("Sub", [squares, build.apply("Mul", [beyond, beyond], "beyond.square")], "variance")
     tail = (-1, plan.latent_dim * plan.prefix)
+    mean = build.apply("Add", [near, beyond], "mean")
     return build.reshape(mean, tail, "mean.flat"), build.reshape(variance, tail, "variance.flat")
 
 
-def _spread(build: LayerBuilder, plan: DecoderPlan, inner: str, variance: str) -> str:
+def _spread(build: _BeliefBuilder, plan: DecoderPlan, inner: str, variance: str) -> str:
     """Variance of the actions [N, A], of `inner` [N, H] and the variance of the tokens [N, D * l]."""
     assert plan.latents is not None  # with statistics nothing is known of tokens alone
     slope = build.reshape(_mish_slope(build, inner), (-1, 1, len(plan.hidden.bias)), "slope")
     scaled = build.apply("Mul", [slope, build.constant("slope.weight", plan.second.weight)], "slope.scaled")
     # [N, A, D]: how actions follow latents.
-    jacobian = build.apply("MatMul", [scaled, build.constant("slope.inner", plan.hidden.weight)], "jacobian")
+    jacobian = build.product(scaled, "slope.inner", plan.hidden.weight, "jacobian")
     if plan.own_tokens is None:
-        by_token = build.constant("latents.weight", plan.latents.weight)
-        jacobian = build.apply("MatMul", [jacobian, by_token], "jacobian.by_token")
+        jacobian = build.product(jacobian, "latents.weight", plan.latents.weight, "jacobian.by_token")
+        width = plan.latent_dim * plan.prefix
     else:
         own = build.constant("own.squares", np.square(plan.own_tokens.astype(np.float64)).astype(np.float32))
         by_latent = build.reshape(variance, (-1, plan.latent_dim, plan.prefix), "variance.by_latent")
-        products = build.apply("Mul", [by_latent, own], "variance.of_tokens")
-        variance = build.apply(
-            "ReduceSum", [products, build.constant("layer_axis", np.array([2], np.int64))], "latents", keepdims=0
-        )
+        variance = build.summed(build.apply("Mul", [by_latent, own], "variance.of_tokens"), 2, "latents")
+        width = plan.latent_dim
     squares = build.apply("Mul", [jacobian, jacobian], "jacobian.squares")
-    width = plan.latent_dim if plan.own_tokens is not None else plan.latent_dim * plan.prefix
-    column = build.reshape(variance, (-1, width, 1), "variance.column")
-    return build.reshape(build.apply("MatMul", [squares, column], "spread.column"), (-1, plan.action_dim), "spread")
+    row = build.reshape(variance, (-1, 1, width), "variance.row")
+    return build.summed(build.apply("Mul", [squares, row], "spread.parts"), 2, "spread")
 
 
 def _mish_slope(build: LayerBuilder, value: str) -> str:

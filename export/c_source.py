@@ -17,7 +17,7 @@ from rfsq.export.c_tables import Array, filled, number, table
 from rfsq.export.plan import Affine, DecoderPlan, DeployMode, EncoderPlan, Plan, action_limit, middle_level
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 from rfsq.runtime.bundle.backend_specs import BACKENDS
-from rfsq.runtime.bundle.beliefs import SUM_TOLERANCE
+from rfsq.runtime.bundle.beliefs import ENGINE_SUM_TOLERANCE
 from rfsq.runtime.bundle.validation import STATS_LIMIT
 
 #: As in the template.
@@ -102,7 +102,7 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
         f"#define SIGMA_EPSILON {number(0 if quantizer else SIGMA_EPSILON)}",
         f"#define LEVEL_STEP {number(1 / half_range)}",
         f"#define STATS_LIMIT {number(STATS_LIMIT)}",
-        f"#define SUM_TOLERANCE {number(SUM_TOLERANCE)}",
+        f"#define SUM_TOLERANCE {number(ENGINE_SUM_TOLERANCE)}",
         "#define EACH_LAYER(LAYER) " + " ".join(f"LAYER({layer})" for layer in range(encoder.num_layers)),
         *_layer("ENCODER_FIRST", encoder.first),
         *_layer("ENCODER_SECOND", encoder.second),

@@ -17,19 +17,20 @@ from rfsq.export.graph_builder import LinearForm, batched
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.rfsq_ref.chunk_escape import BLOCK_BITS, BLOCK_VALUES
+from rfsq.runtime.bundle.arrays import Float32Array
 
 Places = npt.NDArray[np.int64]
 
 
-def chunk_belief_graph(plan: ChunkPlan) -> bytes:
+def chunk_belief_graph(plan: ChunkPlan, form: LinearForm = LinearForm.GEMM) -> bytes:
     """classes float32 [batch, C] and bits float32 [batch, 2, columns] -> actions and std float32 [batch, T, A].
 
     bits: that each is 0, then that it is 1; both are 0 where it is not known. The columns are the bits of the first
     token behind the class, given the first class, then given the second, and so on; then all bits behind; then one that
-    is never known (`runtime/backends/onnxruntime_beliefs.py`).
+    is never known. A host has made them (`runtime/backends/graph_beliefs.py`), so that no form marks what is illegal.
     """
     sizes = plan.sizes
-    build = ChunkBuilder(LinearForm.GEMM)
+    build = ChunkBuilder(form)
     kept, escaped = _kept(build, plan), _escaped(build, sizes)
     chunks, variances = (
         build.apply("Concat", [*parts], name, axis=1)
@@ -62,21 +63,32 @@ def _mixed(build: ChunkBuilder, weights: str, values: str, output: str) -> str:
 def _kept(build: ChunkBuilder, plan: ChunkPlan) -> tuple[str, str]:
     """Mean and variance of the chunks in every class but escape, [batch, C - 1, N]."""
     latents, variance = _latents(build, plan)
-    basis = plan.basis.transpose(0, 2, 1)
-    product = _by_class(build, latents, build.precise(build.numbers("basis", basis), "basis.precise"), "centred")
+    product = _by_class(build, latents, plan.basis, 1, "centred")
     whole = build.apply("Add", [product, build.precise(build.numbers("mean.of_class", plan.mean), "offset")], "whole")
     rounded = build.apply("Cast", [whole], "whole.rounded", to=TensorProto.FLOAT)
-    squares = build.apply("Mul", [build.numbers("basis", basis)] * 2, "basis.squares")
-    variances = _by_class(build, variance, squares, "kept.spread")
+    variances = _by_class(build, variance, plan.basis, 2, "kept.spread")
     # What lies between -1 and 1 has no greater variance.
     most = build.apply("Min", [variances, build.numbers("kept.most", 1)], "kept.variance")
     return build.clipped(rounded, -1, 1, "kept"), most
 
 
-def _by_class(build: ChunkBuilder, rows: str, matrices: str, output: str) -> str:
-    """rows [batch, C - 1, M] times matrices [C - 1, M, N]: [batch, C - 1, N]."""
+def _by_class(build: ChunkBuilder, rows: str, basis: Float32Array, power: int, output: str) -> str:
+    """rows [batch, C - 1, M] times every number of the basis [C - 1, N, M] to this power: [batch, C - 1, N].
+
+    In double, where the form has it, for the first power.
+    """
+    if build.form is LinearForm.REDUCE:
+        parts = build.apply("Unsqueeze", [rows, build.integers("axis_2", [2])], f"{output}.wide")
+        for number in range(power):
+            parts = build.apply("Mul", [parts, build.numbers("basis", basis)], f"{output}.products_{number}")
+        return build.reduced("ReduceSum", parts, 3, output)
     turned = build.apply("Transpose", [rows], f"{output}.rows", perm=[1, 0, 2])
-    product = build.apply("MatMul", [turned, matrices], f"{output}.by_class")
+    matrices = build.numbers("basis", basis.transpose(0, 2, 1))
+    if power == 1:
+        raised = build.precise(matrices, "basis.precise")
+    else:
+        raised = build.apply("Mul", [matrices, matrices], "basis.squares")
+    product = build.apply("MatMul", [turned, raised], f"{output}.by_class")
     return build.apply("Transpose", [product], output, perm=[1, 0, 2])
 
 
@@ -105,9 +117,8 @@ def _latents(build: ChunkBuilder, plan: ChunkPlan) -> tuple[str, str]:
     spread = build.log_ratio(build.precise(above, "above.precise"), build.precise(below, "below.precise"), "log_ratio")
     half = build.precise(build.times(width, 0.5, "width.half"), "width.precise")
     latents = build.apply("Mul", [spread, half], "latents")
-    squares = build.apply("Mul", [half, half], "width.squares")
-    variance = build.apply("Mul", [_variance(build, zeros, ones, least, most), squares], "latents.precise_variance")
-    return latents, build.apply("Cast", [variance], "latents.variance", to=TensorProto.FLOAT)
+    squares = build.times(build.apply("Mul", [width, width], "width.squares"), 0.25, "width.quarter")
+    return latents, build.apply("Mul", [_variance(build, zeros, ones, least, most), squares], "latents.variance")
 
 
 def _variance(build: ChunkBuilder, zeros: str, ones: str, least: str, most: int) -> str:
@@ -117,18 +128,16 @@ def _variance(build: ChunkBuilder, zeros: str, ones: str, least: str, most: int)
     where b is 1 - y with a 1, and a is 1 + y with a 0: sums over the other bits.
     """
     halves = 0.5 ** np.arange(most)
-    of_others = build.numbers("others", halves[:, None] * (1 - np.eye(most)))
+    of_others = (halves[:, None] * (1 - np.eye(most))).astype(np.float32)
     last = build.apply("Unsqueeze", [least, build.integers("last_axis", [3])], "least.column")
     below, above = (
-        build.apply("Add", [build.apply("MatMul", [side, of_others], f"{name}.sums"), last], name)
+        build.apply("Add", [build.product(side, "others", of_others, f"{name}.sums"), last], name)
         for side, name in ((zeros, "others.below"), (ones, "others.above"))
     )
     product = build.apply("Mul", [below, above], "others.product")
-    more = build.precise(build.apply("Div", [build.numbers("moves", 2 * halves), product], "others.ratio"), "more")
-    apart = build.apply(
-        "Log", [build.apply("Add", [more, build.precise(build.numbers("one", 1), "one.precise")], "ratios")], "apart"
-    )
-    uncertain = build.precise(build.apply("Mul", [zeros, ones], "layers.product"), "uncertain")
+    more = build.apply("Div", [build.numbers("moves", 2 * halves), product], "others.ratio")
+    apart = build.log_of_one_more(more, "apart")
+    uncertain = build.apply("Mul", [zeros, ones], "layers.product")
     parts = build.apply("Mul", [uncertain, build.apply("Mul", [apart, apart], "apart.squares")], "layers.variance")
     return build.reduced("ReduceSum", parts, 3, "level.variance")
 
@@ -142,7 +151,7 @@ def _escaped(build: ChunkBuilder, sizes: ChunkSizes) -> tuple[str, str]:
     shares = build.reduced(
         "ReduceProd", build.apply("Where", [is_one, ones, zeros], "words.factors"), 3, "words.shares"
     )
-    by_value = build.apply("MatMul", [shares, build.numbers("words.digits", _digits_of_words())], "digits.of_words")
+    by_value = build.product(shares, "words.digits", _digits_of_words(), "digits.of_words")
     flat = build.reshape(by_value, (-1, blocks * BLOCK_VALUES, 3), "digits.flat")
     digits = build.columns(flat, np.arange(num_values), "digits")
     middles = build.numbers("middles", (-2, 0, 2))
@@ -200,9 +209,9 @@ def _escape_columns(sizes: ChunkSizes, bits: Places) -> Places:
     return _columns(sizes, np.full_like(bits, sizes.escape), bits)
 
 
-def _digits_of_words() -> npt.NDArray[np.float64]:
+def _digits_of_words() -> Float32Array:
     """Which of the three digits each value of a word has, [256, 5 * 3]: words that no chunk has mean the last."""
     words = np.arange(256).clip(max=3**BLOCK_VALUES - 1)
     digits = words[:, None] // 3 ** np.arange(BLOCK_VALUES - 1, -1, -1) % 3
-    found: npt.NDArray[np.float64] = (digits[..., None] == np.arange(3)).reshape(256, -1).astype(np.float64)
+    found: Float32Array = (digits[..., None] == np.arange(3)).reshape(256, -1).astype(np.float32)
     return found

@@ -5,7 +5,6 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from rfsq.export.graph_builder import GraphBuilder, LinearForm
-from rfsq.runtime.bundle.arrays import Float32Array
 
 
 class ChunkBuilder(GraphBuilder):
@@ -69,13 +68,15 @@ class ChunkBuilder(GraphBuilder):
         """log(above / below): 2 atanh y of 1 + y and 1 - y, which is what no runtime lacks."""
         return self.apply("Log", [self.apply("Div", [above, below], f"{output}.ratio")], output)
 
-    def product(self, rows: str, name: str, matrices: Float32Array, output: str) -> str:
-        """rows [C, batch, n] times the constants `name` [C, n, m]: [C, batch, m]."""
-        if self.form is not LinearForm.REDUCE:
-            return self.apply("MatMul", [rows, self.numbers(name, matrices)], output)
-        wide = self.apply("Unsqueeze", [rows, self.integers("axis_2", [2])], f"{output}.wide")
-        weight = self.numbers(name, matrices.transpose(0, 2, 1)[:, None])
-        return self.reduced("ReduceSum", self.apply("Mul", [wide, weight], f"{output}.products"), 3, output)
+    def log_of_one_more(self, value: str, output: str) -> str:
+        """log(1 + value) of values above 0, which may be small."""
+        log = self.apply("Log", [self.plus(value, 1, f"{output}.more")], f"{output}.log")
+        # s = v / (v + 2) has log(1 + v) = 2 (s + s^3 / 3 + ...); what float32 has lost of 1 + v, it has.
+        half = self.apply("Div", [value, self.plus(value, 2, f"{output}.sum")], f"{output}.half")
+        cube = self.times(self.apply("Mul", [half, half], f"{output}.square"), 2 / 3, f"{output}.cube")
+        series = self.apply("Mul", [half, self.plus(cube, 2, f"{output}.terms")], f"{output}.series")
+        is_small = self.apply("Less", [value, self.numbers(f"{output}.small", 0.1)], f"{output}.is_small")
+        return self.apply("Where", [is_small, series, log], output)
 
     def of_class(self, values: str, index: str, width: int, output: str) -> str:
         """Of values [C, batch, width] those of the class index int64 [batch, 1]: [batch, width]."""

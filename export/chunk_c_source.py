@@ -15,7 +15,7 @@ from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
 from rfsq.export.errors import SourceTooLargeError
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.runtime.bundle.backend_specs import BACKENDS
-from rfsq.runtime.bundle.beliefs import SUM_TOLERANCE
+from rfsq.runtime.bundle.beliefs import ENGINE_SUM_TOLERANCE
 
 #: Numbers in the tables. GCC takes 3 seconds and 1.5 GB for so many, in a source of 270 MB.
 MOST_NUMBERS = 2**24
@@ -80,7 +80,7 @@ def _sizes(plan: ChunkPlan) -> list[str]:
         # Whether latents hold less than all of a chunk.
         f"#define HAS_REST {int(plan.num_latents < sizes.num_values)}",
         f"#define SURE_COST {number(sure_cost(plan))}",
-        f"#define SUM_TOLERANCE {number(SUM_TOLERANCE)}",
+        f"#define SUM_TOLERANCE {number(ENGINE_SUM_TOLERANCE)}",
         f"#define SUM_OF_WEIGHTS {number(float(plan.weights.astype(np.float64).sum()))}",
         f"typedef {'uint8_t' if plan.num_latents <= 256 else 'uint16_t'} latent_index;",
     ]

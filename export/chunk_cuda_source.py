@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -23,12 +24,18 @@ from rfsq.export.chunk_c_source import (
 )
 from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
+from rfsq.runtime.bundle.beliefs import ENGINE_SUM_TOLERANCE
 from rfsq.runtime.bundle.manifest import (
     CHUNKS_OF_BLOCK,
     CHUNKS_OF_WINDOW,
+    IS_LOGITS,
+    KEEPS_MODE,
+    TAKES_TURNS,
     TOKEN_TYPES,
     KernelKind,
     TokenType,
+    belief_kernel_name,
+    belief_slot_bytes,
     kernel_name,
     sorter_name,
     token_types,
@@ -78,7 +85,8 @@ def cuda_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> str:
     sizes, tables = plan.sizes, _tables(plan)
     check_size(plan, tables.values(), MOST_NUMBERS, "cuda")
     blocks = _blocks(plan)
-    kernels = [
+    kernels = [_belief_kernel("words", plan), _belief_kernel("bits", plan)]
+    kernels += [
         kernel for token in token_types(2**sizes.token_bits, "uint16") for kernel in _kernels(plan, token, blocks)
     ]
     source = filled(
@@ -89,6 +97,7 @@ def cuda_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> str:
         DECODE_FEW=filled("rfsq_chunk_decode_few.cu").rstrip(),
         DECODE_MANY=filled("rfsq_chunk_decode_many.cu").rstrip(),
         ENCODE=filled("rfsq_chunk_encode.cu").rstrip(),
+        BELIEFS=filled("chunk_beliefs.cu").rstrip(),
         KERNELS="\n".join(kernels).rstrip(),
     )
     return f"/* Generated, do not edit; fingerprint {fingerprint}. */\n{source}"
@@ -109,6 +118,9 @@ def _sizes(plan: ChunkPlan, blocks: _Blocks) -> list[str]:
         "/* The cost of a class that is not sent. */",
         f"constexpr float NEVER = {number(float(np.finfo(np.float32).max))};",
         f"[[maybe_unused]] constexpr float SUM_OF_WEIGHTS = {number(float(plan.weights.astype(np.float64).sum()))};",
+        f"constexpr int IS_LOGITS = {IS_LOGITS}, KEEPS_MODE = {KEEPS_MODE}, TAKES_TURNS = {TAKES_TURNS};",
+        f"constexpr int SLOT_BYTES = {_slot_bytes(plan)};",
+        f"constexpr float SUM_TOLERANCE = {number(ENGINE_SUM_TOLERANCE)};",
         "/* Whether latents hold less than all of a chunk. */",
         f"#define HAS_REST {int(plan.num_latents < sizes.num_values)}",
         f"#define HAS_MANY_DECODERS {int(blocks.has_many_decoders)}",
@@ -220,6 +232,25 @@ def _kernels(plan: ChunkPlan, token: TokenType, blocks: _Blocks) -> list[str]:
         call = "decode_many(tokens, actions, chunks, (int)num_tokens, windows)"
         kernels.append(_kernel(many, "MANY_THREADS, MANY_BLOCKS", f"{decoded}, Window *windows", call))
     return kernels
+
+
+def _slot_bytes(plan: ChunkPlan) -> int:
+    sizes = plan.sizes
+    return belief_slot_bytes(sizes.num_values, sizes.num_classes, sizes.num_tokens * sizes.token_bits)
+
+
+def _belief_kernel(form: Literal["words", "bits"], plan: ChunkPlan) -> str:
+    """Of distributions over words, or over classes and bits."""
+    given, classes, bits = ("const float *words", "nullptr", "words") if form == "words" else (
+        "const float *classes, const float *bits", "classes", "bits"
+    )  # fmt: skip
+    arguments = (
+        f"{given}, float *actions, float *deviations, float *mode_probability, int *mode, const float *sharpness, "
+        "Workspace *workspace, Chunks terms, Chunks num_tokens, Chunks consumers"
+    )
+    question = f"Question{{{classes}, {bits}, sharpness, (int)terms, (int)num_tokens, (int)consumers}}"
+    body = f"believe({question}, Answer{{actions, deviations, mode_probability, mode}}, workspace)"
+    return _kernel(belief_kernel_name(form, _slot_bytes(plan)), "FEW_THREADS", arguments, body)
 
 
 def _kernel(name: str, threads: str, arguments: str, body: str) -> str:

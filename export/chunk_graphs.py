@@ -20,6 +20,7 @@ from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.rfsq_ref.chunk_code import ChunkSizes, ranks
 from rfsq.rfsq_ref.chunk_escape import BLOCK_BITS
 from rfsq.runtime.bundle.arrays import Float32Array
+from rfsq.runtime.bundle.decoding import bit_places
 
 #: The dynamic axis of tokens: how many of each chunk are decoded.
 LENGTH = "length"
@@ -260,10 +261,4 @@ def _latents(build: ChunkBuilder, plan: ChunkPlan, signs: str, index: str) -> st
 def bit_positions(plan: ChunkPlan) -> npt.NDArray[np.int32]:
     """Where among the bits of all tokens those of each latent stand, int32 [C - 1, M, R], the highest first, R the most
     that a latent has; where it has fewer, the first bit behind the last token."""
-    sizes = plan.sizes
-    rank = ranks(torch.from_numpy(plan.order)).numpy()
-    shape = (sizes.escape, plan.num_latents, int(rank.max(initial=0)) + 1)
-    positions = np.full(shape, sizes.num_tokens * sizes.token_bits, np.int32)
-    classes = np.arange(sizes.escape)[:, None]
-    positions[classes, plan.order, rank] = sizes.class_bits + np.arange(sizes.code_bits)
-    return positions
+    return bit_places(plan.order, plan.num_latents) + np.int32(plan.sizes.class_bits)

@@ -24,15 +24,16 @@ from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan, plan_chunk_code
 from rfsq.export.chunk_reference import ChunkReference, episode_chunks
 from rfsq.export.chunk_sections import chunk_sections
 from rfsq.export.deployable import checked_graph
-from rfsq.export.fingerprint import chunk_fingerprint
-from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.progress import phase
 from rfsq.export.reference import Section
 from rfsq.export.sources import MOST_HELD_OUT, BuildData
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint, load_chunk_checkpoint, save_chunk_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
 from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.fingerprint import chunk_fingerprint
 from rfsq.runtime.bundle.advice import command
+from rfsq.runtime.bundle.decoding import ChunkDecoding
 from rfsq.runtime.bundle.manifest import GraphEntry
 from rfsq.runtime.bundle.models import ChunkModel
 from rfsq.runtime.bundle.paths import counted
@@ -81,14 +82,18 @@ class ChunkTokens:
         return {"checkpoint": {**self.checkpoint.provenance, "file": self.file}}
 
     def graphs(self) -> Sequence[tuple[GraphEntry, bytes]]:
-        """Encoder and decoder in every form, and a decoder of probabilities. Raises GateError where one is not
-        sound."""
+        """Encoder and decoder in every form, and those of probabilities. Raises GateError where one is not sound."""
         model, plan, found = self.model, self._plan, []
         for form in LinearForm:
             found.append(checked_graph(model, "encoder", model.depth, form, chunk_encoder_graph(plan, form)))
             found.append(checked_graph(model, "decoder", model.depth, form, chunk_decoder_graph(plan, form)))
-        found.append(checked_graph(model, "belief", model.depth, LinearForm.GEMM, chunk_belief_graph(plan)))
+        for form in BELIEF_FORMS:
+            found.append(checked_graph(model, "belief", model.depth, form, chunk_belief_graph(plan, form)))
         return found
+
+    def decoding(self) -> ChunkDecoding:
+        plan = self._plan
+        return ChunkDecoding(plan.mean, plan.basis, plan.width, plan.order.astype(np.int32))
 
     def c_source(self) -> CTokenizer:
         return c_chunk_tokenizer(self._plan, self.fingerprint)

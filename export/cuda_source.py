@@ -14,7 +14,16 @@ import numpy as np
 from rfsq.export.c_tables import Array, IntArray, filled, number, table
 from rfsq.export.plan import Affine, DecoderPlan, EncoderPlan, Plan, action_limit, middle_level
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
-from rfsq.runtime.bundle.manifest import TOKEN_TYPES, TokenType, kernel_name, token_types
+from rfsq.runtime.bundle.beliefs import ENGINE_SUM_TOLERANCE
+from rfsq.runtime.bundle.manifest import (
+    IS_LOGITS,
+    KEEPS_MODE,
+    TOKEN_TYPES,
+    TokenType,
+    belief_kernel_name,
+    kernel_name,
+    token_types,
+)
 from rfsq.runtime.bundle.validation import STATS_LIMIT
 
 _WARP = 32
@@ -30,6 +39,8 @@ _MOST_LEVELS_OF_MANY = 128
 _MOST_BELOW_40 = 40.0
 #: Up to so many hidden units the many kernels hold every weight in an instruction.
 _MOST_WRITTEN_OUT = 128
+#: Threads of a block that decodes the beliefs of a step.
+_MOST_BELIEF_THREADS = 256
 
 
 def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: str) -> str:
@@ -40,11 +51,15 @@ def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], finger
     types = token_types(encoder.num_levels)
     plans: list[Plan] = [encoder, *decoders]
     kernels = [kernel for plan in plans for token in types for kernel in _kernels(plan, token)]
+    has_beliefs = not encoder.has_stats
+    if has_beliefs:
+        kernels += map(_belief_kernel, decoders)
     source = filled(
         "rfsq_tokenizer.cu",
         SIZES="\n".join(_sizes(encoder, any(map(_has_many, plans)))),
         TABLES="\n".join(_tables(encoder, decoders)),
         ARITHMETIC=filled("arithmetic.cu").rstrip(),
+        BELIEFS=filled("beliefs.cu").rstrip() if has_beliefs else "",
         KERNELS="\n".join(kernels).rstrip(),
     )
     return f"/* Generated, do not edit; fingerprint {fingerprint}. */\n{source}"
@@ -64,8 +79,12 @@ def _sizes(encoder: EncoderPlan, has_many: bool) -> list[str]:
     return [
         f"constexpr int A = {action_dim}, D = {latent_dim}, L = {encoder.num_layers}, K = {levels}, H = {width};",
         f"constexpr int WARPS = {(fitting or _WARPS[-1:])[0]}, SHARED_BYTES = {_SHARED_BYTES};",
-        f"constexpr int MOST_WRITTEN_OUT = {_MOST_WRITTEN_OUT};",
+        f"constexpr int MOST_WRITTEN_OUT = {_MOST_WRITTEN_OUT}, T = {encoder.chunk_length};",
         f"constexpr int MIDDLE_LEVEL = {middle_level(levels)}, FEW_THREADS = {threads};",
+        f"[[maybe_unused]] constexpr int BELIEF_THREADS = {_belief_threads(encoder)};",
+        "/* How a call takes what is given of beliefs; bits of its terms. */",
+        f"[[maybe_unused]] constexpr int IS_LOGITS = {IS_LOGITS}, KEEPS_MODE = {KEEPS_MODE};",
+        f"[[maybe_unused]] constexpr float SUM_TOLERANCE = {number(ENGINE_SUM_TOLERANCE)};",
         f"constexpr float ACTION_LIMIT = {number(action_limit(encoder))}, STATS_LIMIT = {number(STATS_LIMIT)};",
         f"[[maybe_unused]] constexpr float SIGMA_EPSILON = {number(epsilon)}, LEVEL_STEP = {number(2 / (levels - 1))};",
         f"#define HAS_OFFSET {int(encoder.offset.any())}",
@@ -116,6 +135,8 @@ def _decoder(plan: DecoderPlan) -> list[str]:
         lines += [
             _device(f"{name}_TOKEN_WEIGHT", fixed.weight, signed),
             _device(f"{name}_LATENT_START", fixed.start, signed),
+            _device(f"{name}_MEAN_WEIGHT", plan.own_tokens),
+            _device(f"{name}_MIDDLE", _middle(plan.own_tokens, plan.latents.bias, plan.num_levels)),
         ]
         members = [
             f"typedef {signed} Signed;",
@@ -123,6 +144,8 @@ def _decoder(plan: DecoderPlan) -> list[str]:
             f"static constexpr float LATENT_STEP = {number(fixed.step)};",
             _member(signed, "fixed_weight(int d, int l)", f"{name}_TOKEN_WEIGHT[d][l]"),
             _member(signed, "latent_start(int d)", f"{name}_LATENT_START[d]"),
+            _member("float", "mean_weight(int d, int l)", f"{name}_MEAN_WEIGHT[d][l]"),
+            _member("float", "middle(int d)", f"{name}_MIDDLE[d]"),
         ]
         if _has_many(plan):
             lines.append(_device(f"{name}_WORD_WEIGHT", fixed.words(), "int"))
@@ -213,6 +236,12 @@ def fixed_point(weight: Array, bias: Array, num_levels: int) -> FixedPoint:
     return FixedPoint(fixed.astype(np.int64), start.astype(np.int64), 2.0**-exponent, num_levels, bits)
 
 
+def _middle(weight: Array, bias: Array, num_levels: int) -> Array:
+    """Latents of tokens that are all in the middle of their levels, where what means differ from is small."""
+    middle = bias + weight.astype(np.float64).sum(1) * (num_levels - 1) / 2
+    return np.asarray(middle, np.float32)
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +265,23 @@ def _kernels(plan: Plan, token: TokenType) -> list[str]:
 
 def _kernel(name: str, threads: str, arguments: str, body: str) -> str:
     return f'extern "C" __global__ void __launch_bounds__({threads}) {name}({arguments})\n{{\n    {body};\n}}\n'
+
+
+def _belief_threads(encoder: EncoderPlan) -> int:
+    """One for each token, hidden unit and slope, as far as they have room."""
+    width = int(encoder.first.weight.shape[0])
+    wanted = max(encoder.latent_dim * max(encoder.num_layers, encoder.action_dim), width)
+    return min(-(-wanted // _WARP) * _WARP, _MOST_BELIEF_THREADS)
+
+
+def _belief_kernel(plan: DecoderPlan) -> str:
+    arguments = (
+        "const float *given, float *actions, float *deviations, float *mode_probability, int *mode, "
+        "const float *sharpness, Gathered *gathered, Steps terms, Steps coarse"
+    )
+    answer = "Answer{actions, deviations, mode_probability, mode}"
+    body = f"believe<L{plan.prefix}>(given, {answer}, sharpness, (int)terms, (int)coarse, gathered)"
+    return _kernel(belief_kernel_name(plan.prefix), "BELIEF_THREADS", arguments, body)
 
 
 def _has_many(plan: Plan) -> bool:

@@ -13,6 +13,7 @@ from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import check_graph
 from rfsq.export.reference import Reference, Section
 from rfsq.export.sources import BuildData
+from rfsq.runtime.bundle.decoding import Decoding
 from rfsq.runtime.bundle.manifest import GraphEntry, GraphRole, graph_tensors
 from rfsq.runtime.bundle.models import ChunkModel, ModelEntry, StepModel
 
@@ -38,6 +39,10 @@ class Deployable(Protocol):
     def graphs(self) -> Sequence[tuple[GraphEntry, bytes]]:
         """Encoder and decoders in every form, and decoders of probabilities, checked. Raises GateError where one is not
         sound."""
+
+    def decoding(self) -> Decoding | None:
+        """The constants of the decoder, for code that differentiates through it; None where tokens do not decode
+        alone."""
 
     def c_source(self) -> CTokenizer: ...
 

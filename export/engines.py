@@ -23,7 +23,7 @@ from rfsq.runtime.backends.tensorrt_api import EngineTensor, NoDeviceError, Prof
 from rfsq.runtime.bundle.advice import install
 from rfsq.runtime.bundle.backend_specs import BACKENDS, BackendSpec
 from rfsq.runtime.bundle.errors import BackendUnavailableError, BundleError, EngineRefusedError
-from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, EngineEntry, GraphEntry
+from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, EngineEntry, GraphEntry, Manifest
 
 if TYPE_CHECKING:
     from rfsq.runtime.backends.gpu.driver import GpuDevice
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 class EngineSources:
     """What engines are compiled from, into and for.
 
-    content: of each graph and source; graphs: those of the form `reduce`; staged: the bundle in the making; profile:
+    content: of each graph and source; staged: the bundle in the making, and manifest what is known of it; profile:
     batch sizes B, for engines that are tuned for some; compute_capabilities: such as 8.9, none for what the library
     builds by itself; present: engines that are in the bundle and stay.
     """
 
     staged: StagedBundle
     content: Callable[[str], bytes]
-    graphs: tuple[GraphEntry, ...]
+    manifest: Manifest
     profile: Profile
     compute_capabilities: tuple[str, ...] = ()
     present: tuple[EngineEntry, ...] = ()
@@ -105,8 +105,8 @@ def compile_engines(backend: str, sources: EngineSources) -> tuple[EngineEntry, 
 
 def _compile_graphs(backend: str, sources: EngineSources, current: Phase) -> tuple[EngineEntry, ...]:
     engines, capabilities = [], sources.compute_capabilities
-    for graph in sources.graphs:
-        content, profile = sources.content(graph.file), sources.profile
+    for graph in sources.manifest.every_graph_of("reduce"):
+        content, profile = sources.content(graph.file), profile_of(graph, sources.profile)
         built = build_engine(backend, content, profile, capabilities, graph.prefix)
         try:
             origin, tensors = inspect_engine(built)
@@ -236,6 +236,16 @@ class Profile:
                 f"profile has minimum {self.minimum}, optimum {self.optimum}, maximum {self.maximum}; "
                 f"expected 1 <= minimum <= optimum <= maximum <= {MOST_CHUNKS}"
             )
+
+
+#: Of engines that decode probabilities. Numpy makes these, some tens of chunks at a time (`graph_beliefs.py`), and
+#: chunk tokens of thousands would take gigabytes.
+_BELIEF_PROFILE = Profile(1, 1, 128)
+
+
+def profile_of(graph: GraphEntry, wanted: Profile) -> Profile:
+    """Batch sizes of this graph's engine."""
+    return _BELIEF_PROFILE if graph.role == "belief" else wanted
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from rfsq.runtime.bundle.arrays import Float32Array
+
 #: Old enough for every TensorRT 10 and for ONNX Runtime since 1.14.
 OPSET = 18
 IR_VERSION = 8
@@ -37,6 +39,10 @@ class LinearForm(StrEnum):
     @property
     def is_marked(self) -> bool:
         return self is not LinearForm.GEMM
+
+
+#: The forms of graphs that decode probabilities. A host has validated these, so that no form marks what is illegal.
+BELIEF_FORMS = (LinearForm.GEMM, LinearForm.REDUCE)
 
 
 @dataclass
@@ -72,6 +78,17 @@ class GraphBuilder:
 
     def reshape(self, value: str, shape: Sequence[int], output: str) -> str:
         return self.apply("Reshape", [value, self.constant(f"{output}.shape", np.array(shape, np.int64))], output)
+
+    def product(self, rows: str, name: str, matrix: Float32Array, output: str) -> str:
+        """rows [..., r, n] times the constant `name` [..., n, m]: [..., r, m]."""
+        if self.form is not LinearForm.REDUCE:
+            return self.apply("MatMul", [rows, self.constant(name, matrix)], output)
+        before_last, last = (self.constant(f"axis_{axis}", np.array([axis], np.int64)) for axis in (-2, -1))
+        wide = self.apply("Unsqueeze", [rows, before_last], f"{output}.wide")
+        weight = self.constant(name, matrix.swapaxes(-1, -2)[..., None, :, :])
+        return self.apply(
+            "ReduceSum", [self.apply("Mul", [wide, weight], f"{output}.products"), last], output, keepdims=0
+        )
 
     def model(self, name: str, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]) -> bytes:
         graph = helper.make_graph(

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
-from rfsq.export.engines import EngineSources, Profile, compilable, compile_engines
+from rfsq.export.engines import EngineSources, Profile, compilable, compile_engines, profile_of
 from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, require_none
 from rfsq.export.progress import phase
 from rfsq.export.proving import failures, seal_proven
@@ -126,10 +126,11 @@ def _present(config: TargetConfig, bundle: Bundle, golden: Golden) -> tuple[Engi
 
 
 def _is_current(entry: EngineEntry, backend: Backend, bundle: Bundle, profile: Profile) -> bool:
+    graphs = {graph.file: graph for graph in bundle.manifest.graphs}
     return (
         (entry.status, entry.device) == ("validated", backend.device)
         and entry.source_sha256 == bundle.manifest.files[entry.source].sha256
-        and (BACKENDS[entry.backend].engine_source != "graphs" or entry.profile == astuple(profile))
+        and (entry.source not in graphs or entry.profile == astuple(profile_of(graphs[entry.source], profile)))
     )
 
 
@@ -148,9 +149,7 @@ def _add_all(
     """Raises _CannotRunError where not all of them can be made and run here."""
     with stage_bundle(config.bundle, overwrite=True) as staged:
         there = {(entry.backend, entry.device) for entry in present}
-        sources = EngineSources(
-            staged, bundle.content, bundle.manifest.graphs_of("reduce"), config.profile, present=tuple(present)
-        )
+        sources = EngineSources(staged, bundle.content, bundle.manifest, config.profile, present=tuple(present))
         added: tuple[EngineEntry, ...] = ()
         for name in dict.fromkeys(backends):
             try:

@@ -27,8 +27,8 @@ from rfsq.export.graph_builder import LinearForm
 from rfsq.export.onnx_evaluator import onnx_evaluator
 from rfsq.export.proving import failures
 from rfsq.export.reference import AS_TRAINED, EDGES, REFITTED, Answers, Reference, Section
-from rfsq.runtime.backends.belief_replay import judge_beliefs, plain_question
-from rfsq.runtime.backends.beliefs import decodes_beliefs
+from rfsq.runtime.backends.belief_replay import judge_beliefs
+from rfsq.runtime.backends.beliefs import decodes_beliefs, plain_question
 from rfsq.runtime.backends.contract import Backend, judged
 from rfsq.runtime.backends.graph_beliefs import graph_inputs
 from rfsq.runtime.backends.refusal import judge_refusal

@@ -15,7 +15,6 @@ from rfsq.export.chunk_tokens import load_chunk_tokens
 from rfsq.export.deployable import Deployable
 from rfsq.export.engines import EngineSources, compilable, compile_engines, require_means
 from rfsq.export.errors import GateError, SourceTooLargeError, require_none
-from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import closing_tables, cross_check, golden_vectors, prove
 from rfsq.export.progress import Phase, phase
 from rfsq.export.proving import seal_proven
@@ -25,12 +24,14 @@ from rfsq.rfsq_ref.settings import TokenKind
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.registry import no_gpu_said_first, without_gpu_as_one
 from rfsq.runtime.bundle.backend_specs import BACKENDS
+from rfsq.runtime.bundle.decoding import write_decoding
 from rfsq.runtime.bundle.fidelity import Fidelity, Grade
 from rfsq.runtime.bundle.golden import Golden, write_golden
 from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,
     CUDA_SOURCE,
+    DECODING_NAME,
     GOLDEN_NAME,
     SCHEMA_VERSION,
     EngineEntry,
@@ -38,6 +39,7 @@ from rfsq.runtime.bundle.manifest import (
     ParityEntry,
 )
 from rfsq.runtime.bundle.modes import Mode
+from rfsq.runtime.policy.tensor_beliefs import problems_of
 
 #: What backends are compiled from, beside graphs, where the tables of a model fit into it.
 _SOURCES = {"c": C_SOURCE, "cuda": CUDA_SOURCE}
@@ -119,6 +121,8 @@ def _export(config: BuildConfig, tokens: Deployable, staged: StagedBundle) -> Ma
         for graph, content in graphs:
             staged.write(graph.file, content)
         current.note(", ".join(f"{graph.file} {len(content) / 1000:.0f} kB" for graph, content in graphs))
+        if (decoding := tokens.decoding()) is not None:
+            staged.write(DECODING_NAME, write_decoding(decoding))
     with phase("generate C") as current, _unless_too_large(config, "c", current):
         generated = tokens.c_source()
         staged.write(C_HEADER, generated.header.encode())
@@ -157,13 +161,14 @@ def _examine(
         for entry in draft.graphs:
             require_none(cross_check(entry, staged.content(entry.file), golden, model))
         current.note("ONNX Runtime (through Polygraphy) and the onnx reference evaluator agree with PyTorch")
+        decoding = tokens.decoding()
+        if decoding is not None and golden.beliefs is not None:
+            require_none(problems_of(decoding, golden.beliefs, model))
     return sections, golden
 
 
 def _compile(config: BuildConfig, draft: Manifest, staged: StagedBundle) -> tuple[EngineEntry, ...]:
-    sources = EngineSources(
-        staged, staged.content, draft.graphs_of(LinearForm.REDUCE.value), config.profile, config.compute_capabilities
-    )
+    sources = EngineSources(staged, staged.content, draft, config.profile, config.compute_capabilities)
     chosen = config.backends
     if chosen is None:
         chosen, reasons = compilable(to_run=False)

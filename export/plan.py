@@ -22,6 +22,7 @@ from rfsq.export.errors import BuildInputError
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, linear_layers
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array
+from rfsq.runtime.bundle.decoding import StepDecoding
 
 
 class DeployMode(StrEnum):
@@ -172,6 +173,22 @@ def plan_decoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int, 
         first=_affine(weight, bias),
         second=_affine(last_weight * units[:, None], last_bias * units),
         offset=_offset(model),
+    )
+
+
+def step_decoding(plans: Sequence[DecoderPlan]) -> StepDecoding | None:
+    """The constants of these decoders, of one model; None with stats."""
+    whole = plans[-1]
+    affine = {plan.prefix: plan.latents for plan in plans if plan.latents is not None}
+    if whole.has_stats:
+        return None
+    return StepDecoding(
+        matrices={prefix: latents.weight for prefix, latents in affine.items()},
+        offsets={prefix: latents.bias for prefix, latents in affine.items()},
+        first_weight=whole.hidden.weight,
+        first_bias=whole.hidden.bias,
+        second_weight=whole.second.weight,
+        second_bias=whole.second.bias,
     )
 
 

@@ -15,8 +15,7 @@ from rfsq.export.c_source import CTokenizer, c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
 from rfsq.export.deployable import checked_graph
 from rfsq.export.errors import BuildInputError
-from rfsq.export.fingerprint import fingerprint
-from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.plan import (
     DecoderPlan,
@@ -26,14 +25,17 @@ from rfsq.export.plan import (
     choose_prefixes,
     plan_decoder,
     plan_encoder,
+    step_decoding,
 )
 from rfsq.export.progress import phase
 from rfsq.export.reference import Reference, Section, parity_sections
 from rfsq.export.sources import BuildData, choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
+from rfsq.rfsq_ref.fingerprint import fingerprint
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
+from rfsq.runtime.bundle.decoding import StepDecoding
 from rfsq.runtime.bundle.manifest import GraphEntry
 from rfsq.runtime.bundle.models import StepModel
 
@@ -64,7 +66,7 @@ class StepTokens:
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.checkpoint, self.reference.mode)
+        return fingerprint(self.checkpoint, self.reference.mode.value)
 
     @cached_property
     def model(self) -> StepModel:
@@ -87,17 +89,20 @@ class StepTokens:
         }
 
     def graphs(self) -> Sequence[tuple[GraphEntry, bytes]]:
-        """The encoder and one decoder for each prefix, in every form, and one of probabilities. Raises GateError where
-        one is not sound."""
+        """The encoder and one decoder for each prefix, in every form, and those of probabilities. Raises GateError
+        where one is not sound."""
         model, found = self.model, []
         for form in LinearForm:
             found.append(checked_graph(model, "encoder", model.depth, form, encoder_graph(self._encoder, form)))
             for decoder in self._decoders:
                 found.append(checked_graph(model, "decoder", decoder.prefix, form, decoder_graph(decoder, form)))
-        for decoder in self._decoders if not model.has_stats else ():
-            content = belief_graph(decoder)
-            found.append(checked_graph(model, "belief", decoder.prefix, LinearForm.GEMM, content))
+        for form in BELIEF_FORMS if not model.has_stats else ():
+            for decoder in self._decoders:
+                found.append(checked_graph(model, "belief", decoder.prefix, form, belief_graph(decoder, form)))
         return found
+
+    def decoding(self) -> StepDecoding | None:
+        return step_decoding(self._decoders)
 
     def c_source(self) -> CTokenizer:
         return c_tokenizer(self._encoder, self._decoders, self.fingerprint, self.reference.mode)

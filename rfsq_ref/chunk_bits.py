@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-#: No latent gets more bits: 2^-18 is what float32 resolves of a companded latent.
-MOST_BITS = 18
+from rfsq.runtime.bundle.decoding import MOST_BITS as MOST_BITS
 
 
 def number(bits: Tensor) -> Tensor:

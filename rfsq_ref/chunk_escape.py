@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS, binary, number
-
-#: A block of the escape code: so many values with three levels each, 243 of the 256 words of eight bits.
-BLOCK_VALUES, BLOCK_BITS = 5, 8
+from rfsq.runtime.bundle.decoding import BLOCK_BITS as BLOCK_BITS
+from rfsq.runtime.bundle.decoding import BLOCK_VALUES as BLOCK_VALUES
 
 
 def escape_levels(num_bits: int, num_values: int) -> Tensor:

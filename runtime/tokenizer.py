@@ -11,7 +11,7 @@ import numpy as np
 
 from .backends.contract import MOST_CHUNKS, Backend, BoundCall, GpuArrayLike
 from .backends.registry import GPU_BACKENDS, select_backend
-from .belief_methods import DecodesProbabilities
+from .belief_methods import BELIEF_STATE, DecodesProbabilities
 from .bundle.arrays import Codes, Float32Array, Int32Array
 from .bundle.errors import CannotCopyError, IllegalValueError, InvalidInputError, TokenizerError
 from .bundle.fidelity import Grade
@@ -72,13 +72,12 @@ class ActionTokenizer(DecodesProbabilities):
 
         backend: a name, or `auto` for the best one that works here. expect_fingerprint: of the tokenizer that the
         policy was trained with, in full or its first digits (8 at least); what to do with another, the error says.
-        verify: whether to replay the golden vectors; hashes are always checked. A bundle whose build found its tokens
-        worthless is loaded with a warning in the log.
+        verify: whether to replay the golden vectors, those of beliefs before the first is decoded; hashes are always
+        checked. A bundle whose build found its tokens worthless is loaded with a warning in the log.
 
         Raises BundleError for a bundle that is missing, incomplete or altered, FingerprintError for another tokenizer,
         BackendUnavailableError where no backend can be used, SelfTestError where its answers are wrong, and
-        InvalidInputError where expect_fingerprint is no text or too short, where `path` is no path, or `backend` no
-        text.
+        InvalidInputError where expect_fingerprint is no text or too short, `path` no path, or `backend` no text.
         """
         if not isinstance(backend, str):
             raise InvalidInputError(f"backend is {backend!r:.60}; expected a name such as 'auto' or 'onnxruntime'")
@@ -295,18 +294,18 @@ class ActionTokenizer(DecodesProbabilities):
         """
         return self._on_gpu().bind_decode(tokens, out, stats, stream)
 
-    def warmup(self, batch: int = 1) -> None:
+    def warmup(self, batch: int = 1, *, beliefs: bool = False) -> None:
         """Run encoder and every decoder once, so that the first real call with this B is as fast as the others.
 
-        Raises InvalidInputError for what is no number of chunks, or of more than memory holds.
+        beliefs: those of beliefs, too, after the golden ones were replayed, after a refusal once more; raises what
+        decoding them raises. Raises InvalidInputError for what is no number of chunks, or of more than memory holds.
         """
         if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or not 1 <= batch <= MOST_CHUNKS:
             raise InvalidInputError(f"batch is {batch!r:.60}; expected an int from 1 to {MOST_CHUNKS}")
-        model = self.model
         try:
-            actions = np.zeros(model.actions_shape(batch), np.float32)
-            tokens = np.empty(model.tokens_shape(batch), np.int32)
-            stats = np.empty(model.stats_shape(batch), np.float32) if model.has_stats else None
+            actions = np.zeros(self._model.actions_shape(batch), np.float32)
+            tokens = np.empty(self._model.tokens_shape(batch), np.int32)
+            stats = np.empty(self._model.stats_shape(batch), np.float32) if self._model.has_stats else None
         except (MemoryError, ValueError) as error:
             # ValueError: more bytes than numpy can count.
             raise InvalidInputError(f"batch is {batch}, more chunks than memory holds here: {error}") from error
@@ -314,6 +313,8 @@ class ActionTokenizer(DecodesProbabilities):
         for prefix in self.prefixes:
             part = Codes(tokens, stats).prefix(prefix)
             self.decode_into(part.tokens, actions, part.stats)
+        if beliefs:
+            self._warm_beliefs(batch)
 
     def close(self) -> None:
         """Free the backend; the tokenizer cannot be used afterwards. Closing twice is harmless."""
@@ -394,6 +395,6 @@ def codes_of(tokenizer: ActionTokenizer, actions: Float32Array) -> Codes:
 _OPENED = frozenset(
     {
         *("_manifest", "_model", "golden", "_backend", "_validator", "_unchecked_chunks"),
-        *("_encoded", "_decoded", "_last_encoded", "_last_decoded", "_gpu_calls", "_is_closed", "_belief_decoder"),
+        *("_encoded", "_decoded", "_last_encoded", "_last_decoded", "_gpu_calls", "_is_closed", *BELIEF_STATE),
     }
 )

@@ -17,7 +17,7 @@ from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.c_builder import compile_c
 from rfsq.export.c_source import CTokenizer, c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
-from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.plan import (
     DecoderPlan,
@@ -27,6 +27,7 @@ from rfsq.export.plan import (
     choose_prefixes,
     plan_decoder,
     plan_encoder,
+    step_decoding,
 )
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
 from rfsq.rfsq_ref.normaliser import Normaliser
@@ -34,6 +35,7 @@ from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.backend_specs import BACKENDS
+from rfsq.runtime.bundle.decoding import StepDecoding, write_decoding
 from rfsq.runtime.bundle.fidelity import fidelity
 from rfsq.runtime.bundle.gates import highest_limit, missing_gates, promised_refusal
 from rfsq.runtime.bundle.golden import Golden, write_golden
@@ -41,6 +43,7 @@ from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,
     CUDA_SOURCE,
+    DECODING_NAME,
     GOLDEN_NAME,
     SCHEMA_VERSION,
     EngineEntry,
@@ -117,6 +120,8 @@ def write_bundle(output: Path, deployed: Deployed | Recipe, *, overwrite: bool =
     with stage_bundle(output, overwrite=overwrite) as staged:
         for file, content in graphs.items():
             staged.write(file, content)
+        if _has_beliefs(deployed.recipe):
+            staged.write(DECODING_NAME, write_decoding(decoding_of(deployed)))
         staged.write(GOLDEN_NAME, write_golden(golden_vectors(deployed)))
         manifest = make_manifest(deployed)
         if deployed.recipe.has_engine:
@@ -189,8 +194,8 @@ def export_graphs(deployed: Deployed) -> dict[str, bytes]:
         for prefix in deployed.prefixes:
             decoder = plan_decoder(model, recipe.mode, recipe.chunk_length, prefix)
             graphs[graph_file(_decoder_file(deployed, prefix), form)] = decoder_graph(decoder, form)
-            if _has_beliefs(recipe):
-                graphs[_belief_file(deployed, prefix)] = belief_graph(decoder)
+            if _has_beliefs(recipe) and form in BELIEF_FORMS:
+                graphs[graph_file(_belief_file(deployed, prefix), form)] = belief_graph(decoder, form)
     return graphs
 
 
@@ -292,8 +297,13 @@ def make_manifest(deployed: Deployed) -> Manifest:
     if _has_beliefs(recipe):
         graphs += [
             GraphEntry(
-                _belief_file(deployed, prefix), "belief", prefix, "gemm", *graph_tensors(entry, "belief", prefix)
+                graph_file(_belief_file(deployed, prefix), form),
+                "belief",
+                prefix,
+                form.value,
+                *graph_tensors(entry, "belief", prefix),
             )
+            for form in BELIEF_FORMS
             for prefix in entry.prefixes
         ]
     return Manifest(
@@ -339,6 +349,13 @@ def _plans(deployed: Deployed) -> tuple[EncoderPlan, list[DecoderPlan]]:
     recipe, model = deployed.recipe, deployed.exported
     decoders = [plan_decoder(model, recipe.mode, recipe.chunk_length, prefix) for prefix in deployed.prefixes]
     return plan_encoder(model, recipe.mode, recipe.chunk_length), decoders
+
+
+def decoding_of(deployed: Deployed) -> StepDecoding:
+    """The constants of its decoders, whose tokens decode alone."""
+    found = step_decoding(_plans(deployed)[1])
+    assert found is not None
+    return found
 
 
 def generate_c(deployed: Deployed) -> CTokenizer:

@@ -20,8 +20,17 @@ from rfsq.rfsq_ref.chunk_code import ChunkConstants, ChunkSizes, gain_range
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.runtime.bundle.decoding import write_decoding
 from rfsq.runtime.bundle.golden import write_golden
-from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, GOLDEN_NAME, SCHEMA_VERSION, Manifest
+from rfsq.runtime.bundle.manifest import (
+    C_HEADER,
+    C_SOURCE,
+    CUDA_SOURCE,
+    DECODING_NAME,
+    GOLDEN_NAME,
+    SCHEMA_VERSION,
+    Manifest,
+)
 from tests.bundles import c_entry, compile_cuda, cuda_entry, proven
 
 SMALL = ChunkSizes(action_dim=3, chunk_length=4, num_classes=6, token_bits=8, num_tokens=9)
@@ -106,6 +115,7 @@ def write_chunk_bundle(output: Path, recipe: ChunkRecipe, *, overwrite: bool = F
         answers = tokens.reference.answer(random_chunks(tokens.reference.model, recipe.num_chunks))
         golden = tokens.reference.golden(answers.expected)
         golden = replace(golden, beliefs=belief_vectors(tokens.reference.model, tokens.model, golden.tokens))
+        staged.write(DECODING_NAME, write_decoding(tokens.decoding()))
         staged.write(GOLDEN_NAME, write_golden(golden))
         entries = tuple(graph for graph, _ in graphs)
         model, tools, provenance = tokens.model, {"numpy": np.__version__}, {"checkpoint": {"file": "random"}}

@@ -61,6 +61,7 @@ NOT_RUN = {
     r"python evidence/compare_chunks.py": "minutes; tests/evidence/test_chunk_comparison.py is quicker",
     r"python -m tests\.parity": "take many minutes; tests/parity/test_sizes.py is quicker",
     r"python examples/control_loop.py": "judges its timing; tests/examples/test_control_loop.py runs it",
+    r"python examples/belief_training.py": "many minutes; tests/examples/test_belief_training.py is quicker",
     r"python examples/speculative_decoding.py": "two minutes; tests/examples/test_speculative_decoding.py is quicker",
     r"python runtime/tokenize_dataset.py build/bundle --data IN .*--engine ray": "needs a Ray cluster",
 }
@@ -80,7 +81,16 @@ tokens = np.zeros((1, 8, 16, 8), np.int32)
 recorded = np.zeros((4, 8, 7), np.float32)
 chunk = torch.zeros(1, 8, 7)
 logits = torch.zeros(1, 8, 16, 8, 7)
-"""
+""",
+    "beliefs.md": """
+from pathlib import Path
+from rfsq.runtime import BeliefSettings
+from rfsq.runtime.bundle.beliefs import BeliefKind
+from rfsq.runtime.bundle.folder import open_bundle
+kind = BeliefKind(open_bundle("build/bundle").manifest.fingerprint, "tokens", 8, 3)
+Path("build/beliefs").mkdir()
+Path("build/beliefs/logits.json").write_text(BeliefSettings(kind, (1.2,) * 8, {"expected": (0.5,) * 7}).text())
+""",
 }
 
 

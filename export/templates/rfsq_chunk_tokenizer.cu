@@ -41,14 +41,12 @@ __device__ __forceinline__ float quotient(float a, float b)
 }
 
 /*
- * atanh(p / levels - 1) = log(p / q) / 2, q = 2 levels - p, for the middle of a cell of 2^18 at most, in any unit.
- * That is e ln 2 / 2 + atanh(s), s = (p' - q) / (p' + q), p' = p / 2^e. The difference of two floats' bits is nearly
+ * atanh((p - q) / (p + q)) = log(p / q) / 2, where neither is more than 2^19 times the other, in any unit. That is e ln 2 / 2 + atanh(s), s = (p' - q) / (p' + q), p' = p / 2^e. The difference of two floats' bits is nearly
  * 2^23 times the logarithm of their ratio to base 2; e is that, rounded.
  */
-__device__ __forceinline__ float level_of(float p, float levels)
+__device__ __forceinline__ float level_between(float p, float q)
 {
     constexpr int BIAS = 64;
-    const float q = 2 * levels - p;
     const unsigned biased = (__float_as_uint(p) - __float_as_uint(q) + (BIAS << 23) + (1 << 22)) >> 23;
     const int e = (int)biased - BIAS;
     const float scaled = p * __int_as_float((127 - e) << 23);
@@ -61,6 +59,9 @@ __device__ __forceinline__ float level_of(float p, float levels)
     /* ln 2 / 2 in two parts, of which the first has so few digits that e times it is exact. */
     return fmaf((float)e, 0x1.62e4p-2f, fmaf((float)e, 0x1.7f7d1cp-21f, fmaf(s * square, sum, s)));
 }
+
+/* atanh(p / levels - 1) of the middle of a cell. */
+__device__ __forceinline__ float level_of(float p, float levels) { return level_between(p, 2 * levels - p); }
 
 __device__ __forceinline__ float clamped(float x) { return fmaxf(fminf(x, 1.0f), -1.0f); }
 
@@ -173,6 +174,8 @@ __device__ __forceinline__ void put(float *action, float value, float unit, floa
 /* @DECODE_MANY@ */
 
 /* @ENCODE@ */
+
+/* @BELIEFS@ */
 
 /* --- kernels ------------------------------------------------------------------------------------------------------ */
 

@@ -149,6 +149,16 @@ __device__ __forceinline__ float weighted_sum(const float *rows, const float (*s
     return sum;
 }
 
+/* What a hidden unit has before Mish. */
+template <int INPUTS> __device__ __forceinline__ float hidden_sum(const float (&row)[ROW], const float *inputs)
+{
+    float sum = row[INPUTS];
+#pragma unroll
+    for (int i = 0; i < INPUTS; ++i)
+        sum = fmaf(row[i], inputs[i], sum);
+    return sum;
+}
+
 /* One layer from `inputs` in shared memory to `hidden`, and the weights of the next to where `weighted_sum` wants them,
  * if they have room. row: this thread's first, loaded before what it has to wait for. */
 template <int INPUTS, int OUTPUTS, bool HAVE_ROOM, Scale SCALE>
@@ -158,16 +168,12 @@ __device__ __forceinline__ void hidden_layer(const float *rows, float (&row)[ROW
     for (int h = threadIdx.x; h < PADDED_H; h += FEW_THREADS) {
         if (h != threadIdx.x)
             load_row(rows + h * ROW, row);
-        float sum = row[INPUTS];
-#pragma unroll
-        for (int i = 0; i < INPUTS; ++i)
-            sum = fmaf(row[i], inputs[i], sum);
         if constexpr (HAVE_ROOM) {
 #pragma unroll
             for (int o = 0; o < OUTPUTS; ++o)
                 second[o][beside(h)] = row[INPUTS + 1 + o];
         }
-        hidden[beside(h)] = mish<SCALE>(sum);
+        hidden[beside(h)] = mish<SCALE>(hidden_sum<INPUTS>(row, inputs));
     }
 }
 
@@ -575,6 +581,8 @@ __device__ __forceinline__ void encode_many(const float *actions, Token *tokens,
     unstage<LAYERS>(own, valid, tokens + first * (D * L));
 }
 #endif
+
+/* @BELIEFS@ */
 
 /* --- kernels ------------------------------------------------------------------------------------------------------ */
 

@@ -15,7 +15,7 @@ from ..bundle.gates import BELIEF_GATES, GATES, Check
 from ..bundle.golden_beliefs import KEEPS_MODE, BeliefCase, GoldenBeliefs
 from ..bundle.models import ChunkModel, ModelEntry
 from ..bundle.probabilities import Given, class_of_tokens, distributions, num_tokens, one_hot, softmax, tokens_of
-from .beliefs import BeliefAnswer, BeliefQuestion, DecodesBeliefs, belief_backend, coarse_layers
+from .beliefs import BeliefAnswer, DecodesBeliefs, belief_backend, plain_question
 
 #: Numbers that a distribution over the words of tokens may have to be tried, where classes and bits are given.
 _MOST_WORDS = 2**14
@@ -108,7 +108,7 @@ def _forms(logits: Given, model: ModelEntry) -> Iterator[tuple[bool, Given]]:
     """
     yield True, logits
     if not isinstance(model, ChunkModel):
-        yield False, (softmax(logits[0], _no_temperature(logits)).astype(np.float32),)
+        yield False, (softmax(logits[0], 1.0).astype(np.float32),)
     elif num_tokens(logits, model) * model.vocabulary <= _MOST_WORDS:
         yield False, (_words(logits, model),)
 
@@ -148,12 +148,3 @@ def _certain(tokens: Int32Array, model: ModelEntry) -> Iterator[Given]:
         yield one_hot(class_of_tokens(tokens, model), model.num_classes), bits
     if not isinstance(model, ChunkModel) or tokens.shape[1] * model.vocabulary <= _MOST_WORDS:
         yield (one_hot(tokens, model.vocabulary),)
-
-
-def plain_question(given: Given, model: ModelEntry, *, is_logits: bool, keeps_mode: bool) -> BeliefQuestion:
-    """With a temperature of 1."""
-    return BeliefQuestion(given, _no_temperature(given), is_logits, keeps_mode, coarse_layers(model))
-
-
-def _no_temperature(given: Given) -> Float32Array:
-    return np.ones(given[0].shape[-2] if len(given) == 1 else 1 + given[1].shape[1], np.float32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
+
 from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.errors import InvalidInputError
 from ..bundle.models import ModelEntry
@@ -43,6 +45,14 @@ class BeliefAnswer(NamedTuple):
     std: Float32Array | None = None
     mode_probability: Float32Array | None = None
     mode: Int32Array | None = None
+
+
+def plain_question(
+    given: tuple[Float32Array, ...], model: ModelEntry, *, is_logits: bool, keeps_mode: bool
+) -> BeliefQuestion:
+    """With a temperature of 1."""
+    size = given[0].shape[-2] if len(given) == 1 else 1 + given[1].shape[1]
+    return BeliefQuestion(given, np.ones(size, np.float32), is_logits, keeps_mode, coarse_layers(model))
 
 
 class DecodesBeliefs(Protocol):

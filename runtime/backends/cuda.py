@@ -20,9 +20,14 @@ from ..bundle.manifest import (
     token_types,
 )
 from ..bundle.models import ChunkModel, ModelEntry
+from .beliefs import BeliefAnswer, BeliefQuestion
 from .contract import Backend, EngineInUse, engine_for
-from .gpu.backend import GpuBackend
+from .cuda_beliefs import BeliefFunction, BeliefKernels
+from .gpu.arrays import GpuArray, GpuStream
+from .gpu.backend import CapturedCall, GpuBackend, Runner
+from .gpu.belief_arrays import BeliefTerms, belief_terms
 from .gpu.driver import DeviceMemory, open_device
+from .gpu.kept import Kept
 from .gpu.kernels import Kernel, KernelArguments, KernelLibrary
 
 #: A grid has so many blocks at most, and a step or a chunk may have one of its own.
@@ -49,6 +54,9 @@ class CudaBackend(GpuBackend):
                 for graph in graphs
             ]
             super().__init__(*names, functions)
+            self._belief_kernels = BeliefKernels(self._library, model)
+            # Runners by their terms: a control loop asks on the same ones again and again.
+            self._belief_runners: Kept[Runner] = Kept(Runner, Runner.close)
             self._variants = {variant: GpuBackend(*names, chosen) for variant, chosen in variants_of(functions).items()}
         except BaseException:
             self._library.close()
@@ -63,7 +71,28 @@ class CudaBackend(GpuBackend):
     def engines_in_use(self) -> tuple[EngineInUse, ...]:
         return (EngineInUse(self._entry),)
 
+    @property
+    def has_beliefs(self) -> bool:
+        """Whether this engine decodes probabilities."""
+        return self._belief_kernels.are_there
+
+    def decode_belief_into(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
+        terms = belief_terms(question, answer[1:])
+        outputs = [array for array in answer if array is not None]
+        with self._belief_runners.borrowed(BeliefFunction(terms, self._belief_kernels)) as runner:
+            runner.run_on_host(question.given, outputs)
+
+    def decode_belief_on_gpu(self, terms: BeliefTerms, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
+        with self._belief_runners.borrowed(BeliefFunction(terms, self._belief_kernels)) as runner:
+            runner.run_on_gpu(arrays, stream)
+
+    def bind_decode_belief(self, terms: BeliefTerms, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
+        with self._belief_runners.borrowed(BeliefFunction(terms, self._belief_kernels)) as runner:
+            bound: CapturedCall = runner.bind(arrays, stream)
+            return bound
+
     def close(self) -> None:
+        self._belief_runners.close()
         for variant in self._variants.values():
             variant.close()
         super().close()

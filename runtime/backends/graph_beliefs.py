@@ -55,7 +55,7 @@ class GraphBeliefs:
         tokens, certain = np.empty(self._model.tokens_shape(batch, layers), np.int32), np.empty(batch, np.bool_)
         # A graph has both outputs.
         std = np.empty_like(actions) if answer.std is None else answer.std
-        graph, size = self._graphs[self._model.graph_of(layers)], _slice_size(self._model, layers)
+        graph, size = self._graphs[self._model.graph_of(layers)], slice_size(self._model, layers)
         for start in range(0, batch, size):
             rows = slice(start, start + size)
             part = question._replace(given=tuple(array[rows] for array in question.given))
@@ -112,8 +112,8 @@ def _of_chunks(model: ChunkModel, question: BeliefQuestion) -> GraphInputs:
     return GraphInputs((classes.astype(np.float32), bits), found.classes.max(axis=1), likeliest, tokens, certain)
 
 
-def _slice_size(model: ModelEntry, layers: int) -> int:
-    """How many chunks are computed at once."""
+def slice_size(model: ModelEntry, layers: int) -> int:
+    """How many chunks numpy computes at once."""
     if isinstance(model, ChunkModel):
         latents = model.num_classes * (model.chunk_length * model.action_dim + model.code_bits)
         numbers = max(latents, model.num_tokens * model.vocabulary)

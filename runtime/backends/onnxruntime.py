@@ -62,21 +62,19 @@ class OrtBackend:
     checked_steps = 0
 
     def __init__(self, bundle: Bundle, *, num_threads: int = 1) -> None:
-        self._open(bundle, "CPU", bundle.manifest.graphs_of("gemm"), num_threads, _CPU_PROVIDERS)
-        for entry in bundle.manifest.belief_graphs:
-            self._belief_graphs[entry.prefix] = BoundGraph(bundle, entry, num_threads, _CPU_PROVIDERS)
+        self._open(bundle, "CPU", bundle.manifest.every_graph_of("gemm"), num_threads, _CPU_PROVIDERS)
 
     def _open(
         self, bundle: Bundle, device: str, graphs: Sequence[GraphEntry], num_threads: int, providers: Providers
     ) -> None:
         self.device, self.description = device, f"ONNX Runtime {ort.__version__}, {device}"
         _forward_messages()
-        encoder, *decoders = graphs
+        encoder, *others = graphs
         self._encoder = BoundGraph(bundle, encoder, num_threads, providers)
-        graphs_by_prefix = {entry.prefix: BoundGraph(bundle, entry, num_threads, providers) for entry in decoders}
+        opened = {(entry.role, entry.prefix): BoundGraph(bundle, entry, num_threads, providers) for entry in others}
         model = bundle.manifest.model
-        self._decoders = {prefix: graphs_by_prefix[model.graph_of(prefix)] for prefix in model.prefixes}
-        self._belief_graphs: dict[int, BoundGraph] = {}
+        self._decoders = {prefix: opened["decoder", model.graph_of(prefix)] for prefix in model.prefixes}
+        self._belief_graphs = {prefix: graph for (role, prefix), graph in opened.items() if role == "belief"}
         self._beliefs = GraphBeliefs(model, self._belief_graphs, self.decode_into)
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:

@@ -173,13 +173,8 @@ def _open_tested(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
     from .replay import replay
 
     try:
-        result = replay(golden, bundle.manifest.model, backend)
-        if not result.passed:
-            lines = "\n".join(f"  {check}" for check in result.failures)
-            raise SelfTestError(
-                f"{name} ({backend.description}) does not give the reference's answers to the golden vectors of "
-                f"{bundle.folder}; do not use it, build the bundle again:\n{lines}"
-            )
+        # A tokenizer replays those of beliefs before it decodes any.
+        replay(golden, bundle.manifest.model, backend, beliefs=False).require(backend, bundle.folder)
     except BaseException:
         backend.close()
         raise

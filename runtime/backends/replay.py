@@ -9,7 +9,7 @@ import numpy as np
 
 from ..bundle.arrays import BoolArray, Float32Array, Float64Array, Int32Array
 from ..bundle.comparison import action_errors
-from ..bundle.errors import TokenizerError
+from ..bundle.errors import SelfTestError, TokenizerError
 from ..bundle.gates import GATES, Check
 from ..bundle.golden import Golden
 from ..bundle.golden_beliefs import NUM_BELIEFS
@@ -37,13 +37,24 @@ class ReplayResult:
     def passed(self) -> bool:
         return not self.failures
 
+    def require(self, backend: Backend, folder: object) -> None:
+        """Raises SelfTestError where a check of this backend failed. folder: of the bundle."""
+        if not self.passed:
+            lines = "\n".join(f"  {check}" for check in self.failures)
+            raise SelfTestError(
+                f"{backend.name} ({backend.description}) does not give the reference's answers to the golden vectors "
+                f"of {folder}; do not use it, build the bundle again:\n{lines}"
+            )
 
-def replay(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
+
+def replay(golden: Golden, model: ModelEntry, backend: Backend, *, beliefs: bool = True) -> ReplayResult:
     """Encode and decode all golden vectors at once, some also one by one and in pairs; hold every answer to GATES.
 
     Every batch size is judged against the reference, not against another batch size: a library may choose another
     order of summation for another size. The backend's variants are held to the same, and illegal values are refused or
     marked where a backend promises that. Collects all failures; a backend that raises fails that check.
+
+    beliefs: whether `replay_beliefs` is part of it, which takes as long again.
     """
     num_chunks = len(golden.actions)
     # Evenly spread over all of them, so that every kind of input is among them.
@@ -56,8 +67,14 @@ def replay(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
             checks += _Run(vectors, model, variant, batch_size, label).checks()
     for name, variant in judged(backend).items():
         checks += _refusal_checks(model, variant, name)
-    checks += _belief_checks(golden, model, backend)
+    if beliefs:
+        checks += replay_beliefs(golden, model, backend).checks
     return ReplayResult(tuple(checks))
+
+
+def replay_beliefs(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
+    """Decode all golden beliefs, on a backend that decodes any; golden vectors that have none fail it."""
+    return ReplayResult(tuple(_belief_checks(golden, model, backend)))
 
 
 def _refusal_checks(model: ModelEntry, backend: Backend, variant: str) -> Iterator[Check]:
@@ -69,7 +86,6 @@ def _refusal_checks(model: ModelEntry, backend: Backend, variant: str) -> Iterat
 
 
 def _belief_checks(golden: Golden, model: ModelEntry, backend: Backend) -> Iterator[Check]:
-    """Of a backend that decodes beliefs; golden vectors that have none fail it."""
     if not decodes_beliefs(backend):
         return
     if golden.beliefs is None:

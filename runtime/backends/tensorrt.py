@@ -6,12 +6,15 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
+from ..bundle.arrays import AnyArray
 from ..bundle.errors import BundleError, EngineRefusedError, InferenceError
 from ..bundle.folder import Bundle
 from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
+from .beliefs import BeliefAnswer, BeliefQuestion
 from .contract import EngineInUse, no_engine
-from .gpu.backend import GpuBackend
+from .gpu.backend import GpuBackend, Runner
 from .gpu.driver import GpuDevice, open_device
+from .graph_beliefs import GraphBeliefs
 from .tensorrt_api import EngineTensor, TrtApi, find_tensorrt, quote
 
 _LOG = logging.getLogger(__name__)
@@ -29,7 +32,7 @@ class TrtBackend(GpuBackend):
 
     def __init__(self, bundle: Bundle, backend: str) -> None:
         api, gpu = find_tensorrt(backend), open_device()
-        graphs = bundle.manifest.graphs_of(FORM)
+        graphs = bundle.manifest.every_graph_of(FORM)
         entries = choose_engines(bundle, api, gpu)
         runtime = api.create_runtime()
         self._engines: list[TrtFunction] = []
@@ -40,11 +43,35 @@ class TrtBackend(GpuBackend):
             for engine in self._engines:
                 engine.close()
             raise
-        super().__init__(backend, f"{api.tag}, {gpu}", str(gpu), self._engines)
+        beliefs = [engine for engine in self._engines if engine.graph.role == "belief"]
+        functions = [engine for engine in self._engines if engine.graph.role != "belief"]
+        super().__init__(backend, f"{api.tag}, {gpu}", str(gpu), functions)
+        self._belief_graphs = {engine.graph.prefix: _BeliefGraph(engine) for engine in beliefs}
+        self._beliefs = GraphBeliefs(bundle.manifest.model, self._belief_graphs, self.decode_into)
 
     @property
     def engines_in_use(self) -> tuple[EngineInUse, ...]:
         return tuple(engine.in_use() for engine in self._engines)
+
+    @property
+    def has_beliefs(self) -> bool:
+        """Whether this bundle has engines for them."""
+        return bool(self._belief_graphs)
+
+    def decode_belief_into(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
+        self._beliefs.decode_into(question, answer)
+
+    def close(self) -> None:
+        for graph in self._belief_graphs.values():
+            graph.close()
+        super().close()
+
+
+class _BeliefGraph(Runner):
+    """An engine of beliefs, between arrays of the host."""
+
+    def run(self, source: AnyArray, second: AnyArray | None, target: AnyArray, other: AnyArray | None) -> None:
+        self.run_on_host([array for array in (source, second) if array is not None], (target, other))
 
 
 def choose_engines(bundle: Bundle, api: TrtApi, device: GpuDevice) -> list[EngineEntry]:
@@ -53,7 +80,7 @@ def choose_engines(bundle: Bundle, api: TrtApi, device: GpuDevice) -> list[Engin
     Raises BackendUnavailableError, saying what there is and how to build what is missing.
     """
     chosen = []
-    for graph in bundle.manifest.graphs_of(FORM):
+    for graph in bundle.manifest.every_graph_of(FORM):
         of_graph = [entry for entry in bundle.manifest.engines if entry.source == graph.file]
         fitting = [entry for entry in of_graph if _fits(entry, api, device)]
         if not fitting:

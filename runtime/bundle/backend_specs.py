@@ -93,6 +93,7 @@ _SPECS = (
         packages=("cuda",),
         extras=("gpu",),
         is_on_gpu=True,
+        decodes_beliefs=True,
     ),
     BackendSpec(
         "tensorrt-rtx",
@@ -103,6 +104,7 @@ _SPECS = (
         packages=("tensorrt_rtx", "tensorrt_rtx_bindings"),
         extras=("tensorrt-rtx", "gpu"),
         is_on_gpu=True,
+        decodes_beliefs=True,
     ),
     BackendSpec(
         "tensorrt",
@@ -112,6 +114,7 @@ _SPECS = (
         packages=("tensorrt",),
         extras=("tensorrt", "gpu"),
         is_on_gpu=True,
+        decodes_beliefs=True,
     ),
     BackendSpec(
         "onnxruntime",
@@ -128,6 +131,7 @@ _SPECS = (
         packages=("onnxruntime",),
         distribution="onnxruntime-gpu",
         is_on_gpu=True,
+        decodes_beliefs=True,
     ),
 )
 #: By name, in the order in which `auto` tries them: the fastest decoder of one chunk of numpy arrays first

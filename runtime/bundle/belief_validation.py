@@ -6,14 +6,17 @@ from typing import cast
 
 import numpy as np
 
-from .arrays import AnyArray, BoolArray, Float32Array, Float64Array, unravel
+from .arrays import AnyArray, BoolArray, Float32Array, unravel
+from .belief_settings import BeliefSettings
 from .beliefs import BELIEF_MODES, SUM_TOLERANCE
 from .errors import InvalidInputError, UnbuiltPrefixError
 from .models import ChunkModel, ModelEntry
 from .probabilities import Given
-from .validation import as_plain_array, kind_of, listed, native, refuse_first
+from .validation import as_plain_array, kind_of, listed, native, real_numbers, refuse_first
 
 _FLOAT32 = np.dtype(np.float32)
+#: Colder or warmer, and float32 no longer holds what logits of any size become.
+_COLDEST, _WARMEST = 1e-30, 1e30
 
 
 class BeliefValidator:
@@ -35,11 +38,19 @@ class BeliefValidator:
 
         unchecked: up to so many chunks the backend checks the values. Raises InvalidInputError, UnbuiltPrefixError.
         """
-        model, name = self._model, "logits" if is_logits else "probabilities"
-        if isinstance(model, ChunkModel) and isinstance(value, tuple):
-            given = self._pair(value)
+        name = "logits" if is_logits else "probabilities"
+        given: Given
+        if self.is_pair(name, value):
+            parts = cast(tuple[object, ...], value)
+            classes, bits = (
+                as_plain_array(part, array) for part, array in zip(("classes", "bits"), parts, strict=True)
+            )
+            self.check_pair(classes.shape, bits.shape)
+            given = _ready("classes", classes), _ready("bits", bits)
         else:
-            given = (self._distributions(name, value),)
+            array = as_plain_array(name, value)
+            self.check_distributions(name, array.shape)
+            given = (_ready(name, array),)
         if len(given[0]) > unchecked:
             self.check_values(given, is_logits=is_logits)
         return given
@@ -52,7 +63,7 @@ class BeliefValidator:
         if is_logits:
             _check_logits(name, given[0])
         else:
-            _check_probabilities(name, given[0])
+            check_probabilities(name, given[0])
         if is_pair:
             bits = given[1]
             # A NaN compares with nothing.
@@ -64,72 +75,64 @@ class BeliefValidator:
     def sharpness(self, temperature: object, given: Given) -> Float32Array:
         """1 / temperature, one for each layer [l] or token [l], or class and bit [1 + n]. Raises InvalidInputError."""
         size = given[0].shape[-2] if len(given) == 1 else 1 + given[1].shape[1]
-        temperatures = _real_numbers(temperature, size)
+        expected = f"a float, or {size} of them in a list or a numpy.ndarray"
+        temperatures = real_numbers("temperature", temperature, expected)
         if temperatures.shape not in ((), (size,)):
             each = "class and bit" if len(given) == 2 else self._model.depth_unit[:-1]
             raise InvalidInputError(
                 f"temperature has shape {list(temperatures.shape)}; expected one number, or [{size}], one for each "
                 f"{each}"
             )
-        with np.errstate(all="ignore"):
-            sharpness = (1 / temperatures).astype(np.float32)
-        # As float32, which is what a backend gets; so neither infinite nor 0.
-        if not (np.isfinite(sharpness) & (sharpness > 0)).all():
+        if not ((temperatures >= _COLDEST) & (temperatures <= _WARMEST)).all():
             raise InvalidInputError(
-                f"temperature is {temperature!r:.60}; expected positive, finite numbers, whose inverse float32 holds"
+                f"temperature is {temperature!r:.60}; expected positive numbers from {_COLDEST:g} to {_WARMEST:g}"
             )
-        return np.ascontiguousarray(np.broadcast_to(sharpness, (size,)))
+        return np.ascontiguousarray(np.broadcast_to((1 / temperatures).astype(np.float32), (size,)))
 
-    def _distributions(self, name: str, value: object) -> Float32Array:
-        model = self._model
+    def is_pair(self, name: str, value: object) -> bool:
+        """Whether classes and bits are given, not distributions. Raises InvalidInputError for what is neither."""
+        is_chunk = isinstance(self._model, ChunkModel)
         if isinstance(value, tuple):
-            raise InvalidInputError(
-                f"{name} are a tuple; expected one array [B, T, D, l, K]: a pair of classes and bits is for chunk "
-                f"tokens, and this bundle has {model.mode} tokens"
-            )
-        grid, words = model.token_grid, model.vocabulary
-        if not grid and isinstance(value, list):
+            if not is_chunk:
+                raise InvalidInputError(
+                    f"{name} are a tuple; expected one array [B, T, D, l, K]: a pair of classes and bits is for chunk "
+                    f"tokens, and this bundle has {self._model.mode} tokens"
+                )
+            if len(value) != 2:
+                raise InvalidInputError(f"a tuple of {len(value)} was given; expected the pair of classes and bits")
+            return True
+        if is_chunk and isinstance(value, list):
             raise InvalidInputError(
                 f"{name} are a list; expected a numpy.ndarray [B, l, V], or a pair as a tuple: (classes, bits)"
             )
-        array = as_plain_array(name, value)
-        if array.ndim != len(grid) + 3 or array.shape[1:-2] != grid or array.shape[-1] != words:
+        return False
+
+    def check_distributions(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises InvalidInputError, UnbuiltPrefixError."""
+        model = self._model
+        grid, words = model.token_grid, model.vocabulary
+        if len(shape) != len(grid) + 3 or shape[1:-2] != grid or shape[-1] != words:
             letters = "B, T, D, l, K" if grid else "B, l, V"
             sizes = ", ".join(["B", *map(str, grid), "l", str(words)])
             pair = "" if grid else f", or a pair of classes [B, {_num_classes(model)}] and bits [B, n]"
-            is_single = array.ndim == len(grid) + 2 and array.shape[:-2] == grid and array.shape[-1] == words
+            is_single = len(shape) == len(grid) + 2 and shape[:-2] == grid and shape[-1] == words
             hint = f"; for a single chunk pass {name}[None]" if is_single else ""
-            raise InvalidInputError(
-                f"{name} have shape {list(array.shape)}; expected [{letters}] = [{sizes}]{pair}{hint}"
-            )
-        if array.shape[-2] not in model.prefixes:
-            raise UnbuiltPrefixError(_unbuilt(name, array.shape, model))
-        return _ready(name, array)
+            raise InvalidInputError(f"{name} have shape {list(shape)}; expected [{letters}] = [{sizes}]{pair}{hint}")
+        check_num_tokens(name, shape, model)
 
-    def _pair(self, value: tuple[object, ...]) -> Given:
+    def check_pair(self, classes: tuple[int, ...], bits: tuple[int, ...]) -> None:
+        """Of their shapes. Raises InvalidInputError."""
         model = cast(ChunkModel, self._model)
-        if len(value) != 2:
-            raise InvalidInputError(f"a tuple of {len(value)} was given; expected the pair of classes and bits")
-        classes, bits = (as_plain_array(name, part) for name, part in zip(("classes", "bits"), value, strict=True))
-        if classes.ndim != 2 or classes.shape[1] != model.num_classes:
+        if len(classes) != 2 or classes[1] != model.num_classes:
             raise InvalidInputError(
-                f"classes have shape {list(classes.shape)}; expected [B, C] = [B, {model.num_classes}], the escape "
-                "class last"
+                f"classes have shape {list(classes)}; expected [B, C] = [B, {model.num_classes}], the escape class last"
             )
-        if bits.ndim != 2 or len(bits) != len(classes):
+        if len(bits) != 2 or bits[0] != classes[0]:
             raise InvalidInputError(
-                f"bits have shape {list(bits.shape)}; expected [B, n] = [{len(classes)}, n] beside classes of shape "
-                f"{list(classes.shape)}"
+                f"bits have shape {list(bits)}; expected [B, n] = [{classes[0]}, n] beside classes of shape "
+                f"{list(classes)}"
             )
-        num_bits, rest = bits.shape[1] + model.class_bits, (bits.shape[1] + model.class_bits) % model.token_bits
-        if rest or not 1 <= num_bits // model.token_bits <= model.num_tokens:
-            least = model.token_bits - model.class_bits
-            most = model.num_tokens * model.token_bits - model.class_bits
-            raise InvalidInputError(
-                f"bits have shape {list(bits.shape)}; expected as many as l whole tokens have behind the class, "
-                f"{least} and then {model.token_bits} more for each further token, {most} at most"
-            )
-        return _ready("classes", classes), _ready("bits", bits)
+        check_num_bits(bits, model)
 
 
 def check_mode(mode: object, seed: object, *, can_draw: bool = True) -> None:
@@ -155,32 +158,43 @@ def check_mode(mode: object, seed: object, *, can_draw: bool = True) -> None:
         )
 
 
-def _real_numbers(temperature: object, size: int) -> Float64Array:
-    """What are numbers already: numpy would make some of text, of truth values, and of what a mask hides."""
-    try:
-        found = np.asarray(temperature)
-    except Exception:
-        # Whatever somebody's object raises that is no array.
-        read = ""
-    else:
-        if found.dtype.kind in "iuf" and not isinstance(temperature, np.ma.MaskedArray):
-            with np.errstate(over="ignore"):
-                return found.astype(np.float64)
-        read = f" of type {found.dtype}"
-    raise InvalidInputError(
-        f"temperature is a {kind_of(temperature)}{read}; expected a float, or {size} of them in a list or a "
-        "numpy.ndarray"
-    )
+def check_settings(settings: object, temperature: object) -> None:
+    """Raises InvalidInputError for what are no settings, and for a temperature beside them."""
+    if settings is None:
+        return
+    if not isinstance(settings, BeliefSettings):
+        raise InvalidInputError(
+            f"settings are a {kind_of(settings)}; expected BeliefSettings, as load_belief_settings gives them, or None"
+        )
+    if type(temperature) is not float or temperature != 1:
+        raise InvalidInputError(
+            f"settings and a temperature, {temperature!r:.60}, were given; expected one or the other: settings have "
+            "temperatures of their own"
+        )
 
 
-def _unbuilt(name: str, shape: tuple[int, ...], model: ModelEntry) -> str:
-    """What to say of distributions of layers or tokens that do not decode, as `check_prefix` does of tokens."""
+def check_num_tokens(name: str, shape: tuple[int, ...], model: ModelEntry) -> None:
+    """Raises UnbuiltPrefixError where distributions [..., l, K] are of layers or tokens that do not decode."""
     count = shape[-2]
+    if count in model.prefixes:
+        return
     build = f", or build the bundle with `--prefixes {count}`" if model.token_grid and 1 <= count < model.depth else ""
-    return (
+    raise UnbuiltPrefixError(
         f"{name} have shape {list(shape)}, of l = {count} {model.depth_unit}; this bundle decodes "
         f"{model.prefixes_text}: pass the first so many that the policy gave, {name}[..., :l, :]{build}"
     )
+
+
+def check_num_bits(shape: tuple[int, ...], model: ChunkModel) -> None:
+    """Raises InvalidInputError unless bits [..., n] are those of whole tokens."""
+    num_tokens, rest = divmod(shape[-1] + model.class_bits, model.token_bits)
+    if rest or not 1 <= num_tokens <= model.num_tokens:
+        least = model.token_bits - model.class_bits
+        most = model.num_tokens * model.token_bits - model.class_bits
+        raise InvalidInputError(
+            f"bits have shape {list(shape)}; expected as many as l whole tokens have behind the class, "
+            f"{least} and then {model.token_bits} more for each further token, {most} at most"
+        )
 
 
 def _num_classes(model: ModelEntry) -> int:
@@ -192,7 +206,8 @@ def _ready(name: str, array: AnyArray) -> Float32Array:
     return np.require(array, requirements=["C", "A"])
 
 
-def _check_probabilities(name: str, array: Float32Array) -> None:
+def check_probabilities(name: str, array: Float32Array) -> None:
+    """Raises InvalidInputError for the first of the distributions [..., K] that is none."""
     if not array.size:
         return
     with np.errstate(invalid="ignore", over="ignore"):

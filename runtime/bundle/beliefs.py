@@ -12,8 +12,28 @@ BELIEF_MODES: tuple[BeliefMode, ...] = typing.get_args(BeliefMode)
 
 #: By how much the sum of given probabilities may differ from 1: what a softmax in bfloat16 leaves.
 SUM_TOLERANCE = 2.0**-8
+#: The same of an engine. It sums in another order, and must refuse nothing that was checked before.
+ENGINE_SUM_TOLERANCE = SUM_TOLERANCE + 2.0**-12
 
 Array = TypeVar("Array")
+
+
+@dataclass(frozen=True)
+class BeliefKind:
+    """What a policy gives. fingerprint: of the tokenizer whose tokens they are; form: distributions over tokens, or
+    classes and bits; length: l, of how many layers or chunk tokens; coarse: layers that are the mode, 0 of chunk
+    tokens."""
+
+    fingerprint: str
+    form: Literal["tokens", "classes and bits"]
+    length: int
+    coarse: int
+
+    def __str__(self) -> str:
+        """Without the fingerprint."""
+        return f"{self.form}, l = {self.length}" + (
+            f", the first {self.coarse} of them the mode" if self.coarse else ""
+        )
 
 
 @dataclass(frozen=True, eq=False)

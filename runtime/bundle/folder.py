@@ -23,6 +23,7 @@ from .manifest import (
     GRAPH_FORMS,
     MANIFEST_NAME,
     FileEntry,
+    GraphForm,
     Manifest,
     graph_tensors,
     parse_manifest,
@@ -253,8 +254,9 @@ def _reference_problems(manifest: Manifest) -> Iterator[str]:
     model = manifest.model
     parts = [("encoder", model.depth), *(("decoder", prefix) for prefix in model.decoder_graphs)]
     wanted = [(*part, form) for part in parts for form in GRAPH_FORMS]
-    if manifest.belief_graphs and not model.has_stats:
-        wanted += [("belief", prefix, "gemm") for prefix in model.decoder_graphs]
+    if not model.has_stats:
+        forms = (form for form in GRAPH_FORMS if manifest.belief_graphs_of(form))
+        wanted += [("belief", prefix, form) for form in forms for prefix in model.decoder_graphs]
     wanted.sort()
     found = sorted((entry.role, entry.prefix, entry.form) for entry in manifest.graphs)
     if found != wanted:
@@ -315,7 +317,8 @@ def _parity_problems(manifest: Manifest) -> Iterator[str]:
         refusal = promised_refusal(backend, model.chunk_length)
         found = gates.get((backend, device), ())
         spec = BACKENDS.get(backend)
-        has_beliefs = spec is not None and spec.decodes_beliefs and bool(manifest.belief_graphs)
+        form: GraphForm = "reduce" if spec is not None and spec.is_on_gpu else "gemm"
+        has_beliefs = spec is not None and spec.decodes_beliefs and bool(manifest.belief_graphs_of(form))
         missing = missing_gates(
             found, model.decoders, has_stats=model.has_stats, refusal=refusal, has_beliefs=has_beliefs
         )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from .array_file import NOT_AS_WRITTEN, Form, arrays_of, header, read_members, write_arrays
 from .arrays import AnyArray, Float32Array, Float64Array, Int32Array, Int64Array, IntegerArray
 from .comparison import TokenComparison, compare_chunk_tokens, compare_tokens
 from .errors import BundleError
@@ -20,8 +18,6 @@ from .golden_beliefs import GoldenBeliefs, belief_arrays, belief_problems, belie
 from .manifest import GOLDEN_NAME
 from .models import ModelEntry, StepModel
 
-#: The system that a zip states as its maker: the same on all.
-_ZIP_UNIX = 3
 #: How far inputs reach from the middle at least, in units: they are drawn from a range of about two units.
 _SPANNED_UNITS = 0.1
 #: What arrays of decoded actions are called, before their number of layers; and what others are called.
@@ -96,15 +92,8 @@ class Golden(Expected):
 
 
 def write_golden(golden: Golden) -> bytes:
-    """The bytes of an .npz: the same for the same content, at any time and with any zlib (nothing is compressed)."""
-    output = io.BytesIO()
-    with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in sorted(_arrays_of(golden).items()):
-            # Without a date an entry has the earliest that a zip can state.
-            entry = zipfile.ZipInfo(f"{name}.npy")
-            entry.create_system = _ZIP_UNIX
-            archive.writestr(entry, _header(array.dtype, array.shape) + array.tobytes())
-    return output.getvalue()
+    """The bytes of an .npz: the same for the same content, at any time."""
+    return write_arrays(_arrays_of(golden))
 
 
 def _arrays_of(golden: Golden) -> dict[str, AnyArray]:
@@ -134,47 +123,25 @@ def read_golden(content: bytes, model: ModelEntry) -> Golden:
     """Golden vectors that fit `model`, as read-only arrays.
 
     Raises BundleError for anything but the very bytes that `write_golden` writes, and for values that make no sense.
-    Headers are compared with the ones they must be, never interpreted.
     """
     try:
-        members = _read_members(content)
-    except Exception as error:  # Whatever zipfile trips over in bytes that someone made for that purpose
-        raise _malformed(f"is not an .npz that the build writes: {error}") from error
-    expected = _expected_arrays(model, _num_chunks(members, model))
-    if not model.has_stats and any(name.startswith(BELIEFS) for name in members):
-        expected |= {f"{name}.npy": entry for name, entry in expected_belief_arrays(model).items()}
-    if members.keys() != expected.keys():
-        missing, unknown = sorted(expected.keys() - members.keys()), sorted(members.keys() - expected.keys())
-        raise _malformed(f"lacks {missing} and has the unknown members {unknown}")
-    arrays = {
-        name.removesuffix(".npy"): _read_array(name, members[name], dtype, shape)
-        for name, (dtype, shape) in expected.items()
-    }
-    golden = _golden_of(arrays)
+        members = read_members(content)
+        expected = _expected_arrays(model, _num_chunks(members, model))
+        if not model.has_stats and any(name.startswith(BELIEFS) for name in members):
+            expected |= expected_belief_arrays(model)
+        golden = _golden_of(arrays_of(members, expected))
+    except ValueError as error:
+        raise _malformed(str(error)) from error
     _check_values(golden, model)
     if write_golden(golden) != content:
-        raise _malformed("holds more than its arrays, or in another form than the build writes")
+        raise _malformed(NOT_AS_WRITTEN)
     return golden
 
 
-def _read_members(content: bytes) -> dict[str, bytes]:
-    """Raises ValueError, or whatever zipfile raises, unless they lie there one by one as they are."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("its members are compressed")
-        # Members of one name could read the same few bytes again and again.
-        if len({entry.filename for entry in entries}) != len(entries):
-            raise ValueError("it has members of the same name")
-        if sum(entry.file_size for entry in entries) > len(content):
-            raise ValueError("its members are larger than itself")
-        return {entry.filename: archive.read(entry) for entry in entries}
-
-
-def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
-    """Member name to dtype and shape."""
+def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, Form]:
+    """By name."""
     actions, per_token = model.actions_shape(num_chunks), model.tokens_shape(num_chunks)
-    arrays: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+    arrays: dict[str, Form] = {
         "actions": (np.float32, actions),
         "tokens": (np.int32, per_token),
         "margins": (np.float32, per_token),
@@ -187,41 +154,19 @@ def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, tuple[type
         arrays["stats"] = (np.float32, model.stats_shape(num_chunks))
     if not model.token_grid:
         arrays |= {"lengths": (np.int32, (num_chunks,)), "partial": (np.float64, actions)}
-    return {f"{name}.npy": entry for name, entry in arrays.items()}
+    return arrays
 
 
 def _num_chunks(members: Mapping[str, bytes], model: ModelEntry) -> int:
     if "actions.npy" not in members:
-        raise _malformed("lacks actions.npy")
+        raise ValueError("lacks actions.npy")
     chunk = (model.chunk_length, model.action_dim)
     # A header is as long for any number of chunks.
-    size = len(members["actions.npy"]) - len(_header(np.float32, (1, *chunk)))
+    size = len(members["actions.npy"]) - len(header(np.float32, (1, *chunk)))
     num_chunks, rest = divmod(size, np.dtype(np.float32).itemsize * math.prod(chunk))
     if num_chunks < 1 or rest:
-        raise _malformed(f"has {size} bytes of actions; expected one or more whole chunks of float32{list(chunk)}")
+        raise ValueError(f"has {size} bytes of actions; expected one or more whole chunks of float32{list(chunk)}")
     return num_chunks
-
-
-def _header(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> bytes:
-    """What stands before the data of such an array."""
-    stream = io.BytesIO()
-    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
-    return stream.getvalue()
-
-
-def _read_array(name: str, content: bytes, dtype: type[np.generic], shape: tuple[int, ...]) -> AnyArray:
-    header = _header(dtype, shape)
-    if not content.startswith(header):
-        raise _malformed(
-            f"has {name} that begins with {content[: len(header)]!r}; the manifest's model needs "
-            f"{np.dtype(dtype)}{list(shape)}"
-        )
-    # Python's numbers do not overflow.
-    size, needed = len(content) - len(header), np.dtype(dtype).itemsize * math.prod(shape)
-    if size != needed:
-        raise _malformed(f"has {size} bytes of data in {name}; {np.dtype(dtype)}{list(shape)} takes {needed}")
-    return np.frombuffer(content, dtype, offset=len(header)).reshape(shape)
 
 
 def _check_values(golden: Golden, model: ModelEntry) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .array_file import Form
 from .arrays import AnyArray, Float32Array, Float64Array
 from .models import ChunkModel, ModelEntry
 from .probabilities import Given
@@ -78,8 +79,8 @@ def beliefs_of(arrays: Mapping[str, AnyArray]) -> GoldenBeliefs | None:
     return GoldenBeliefs(given, found["actions"], found["std"], found["mode_probability"])
 
 
-def expected_belief_arrays(model: ModelEntry) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
-    """Name to dtype and shape."""
+def expected_belief_arrays(model: ModelEntry) -> dict[str, Form]:
+    """By name."""
     count = NUM_BELIEFS
     answers = (len(model.key_prefixes), len(KEEPS_MODE), *model.actions_shape(count))
     given: dict[str, tuple[int, ...]]
@@ -87,7 +88,7 @@ def expected_belief_arrays(model: ModelEntry) -> dict[str, tuple[type[np.generic
         given = {"classes": (count, model.num_classes), "bits": (count, model.code_bits)}
     else:
         given = {"logits": (*model.tokens_shape(count), model.vocabulary)}
-    arrays: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+    arrays: dict[str, Form] = {
         **{name: (np.float32, shape) for name, shape in given.items()},
         "actions": (np.float64, answers),
         "std": (np.float64, answers),

@@ -22,6 +22,8 @@ from .reading import build, parse_json
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 GOLDEN_NAME = "golden.npz"
+#: The constants of decoding, in bundles that decode beliefs; not in those that were built before there were any.
+DECODING_NAME = "decoding.npz"
 
 #: The generated C source of a bundle, from which its `c` engines are compiled.
 C_HEADER, C_SOURCE = "engines/c/rfsq_tokenizer.h", "engines/c/rfsq_tokenizer.c"
@@ -62,8 +64,9 @@ class TensorEntry:
 class GraphEntry:
     """An ONNX file; prefix: the layers l that a decoder takes, or the most chunk tokens; L for the encoder.
 
-    A graph of the role `belief` decodes probabilities: there is one beside each decoder, in the form `gemm` alone, but
-    in bundles that were built before there were any, and those whose tokens do not decode on their own.
+    A graph of the role `belief` decodes probabilities: there is one beside each decoder, in the forms `gemm` and
+    `reduce`. Older bundles have them in `gemm` alone, or none at all, as those have whose tokens do not decode on their
+    own.
 
     form: how the linear layers are written: `gemm` for ONNX Runtime on the CPU, `gemm_marked` for it on the GPU,
     `reduce` for TensorRT (`export/graph_builder.py` says why).
@@ -189,10 +192,14 @@ class Manifest:
         decoders = (self.graph("decoder", prefix, form) for prefix in self.model.decoder_graphs)
         return (self.graph("encoder", self.model.depth, form), *decoders)
 
-    @property
-    def belief_graphs(self) -> tuple[GraphEntry, ...]:
-        """Those that decode probabilities, by ascending prefix; none where the bundle has none."""
-        return tuple(sorted((entry for entry in self.graphs if entry.role == "belief"), key=lambda entry: entry.prefix))
+    def belief_graphs_of(self, form: GraphForm) -> tuple[GraphEntry, ...]:
+        """Those that decode probabilities, by ascending prefix; none where the bundle has none of this form."""
+        found = (entry for entry in self.graphs if (entry.role, entry.form) == ("belief", form))
+        return tuple(sorted(found, key=lambda entry: entry.prefix))
+
+    def every_graph_of(self, form: GraphForm) -> tuple[GraphEntry, ...]:
+        """Those of `graphs_of`, then those of `belief_graphs_of`."""
+        return (*self.graphs_of(form), *self.belief_graphs_of(form))
 
 
 def graph_tensors(
@@ -227,6 +234,34 @@ def kernel_name(prefix: int | None, token_type: str, kind: KernelKind) -> str:
     """What the generator of a CUDA kernel and the backend that launches it call it. prefix: None for the encoder."""
     role = "encode" if prefix is None else f"decode_l{prefix}"
     return f"{role}_{token_type}_{kind}"
+
+
+#: How a call of a kernel of beliefs takes what is given: bits of its terms. Blocks of chunk tokens wait for others, and
+#: take turns where not all of them run at once.
+IS_LOGITS, KEEPS_MODE, TAKES_TURNS = 1, 2, 4
+#: Bytes before the first slot of what blocks of chunk tokens tell each other.
+BELIEF_HEADER_BYTES = 16
+
+
+def belief_kernel_name(form: int | Literal["words", "bits"], slot_bytes: int = 0) -> str:
+    """What they call the kernel that decodes beliefs. form: the prefix of per-step tokens, or what is given of chunk
+    tokens.
+
+    slot_bytes: see `belief_slot_bytes`; in the name, as sizes are in that of `sorter_name`.
+    """
+    return f"decode_beliefs_l{form}" if isinstance(form, int) else f"decode_beliefs_{form}_{slot_bytes}"
+
+
+def belief_slot_bytes(num_values: int, num_classes: int, num_bits: int) -> int:
+    """Of the GPU's memory that blocks use to tell each other of a chunk: its bits, and what each class decodes to.
+
+    num_values: T * A; num_classes: C; num_bits: of all tokens.
+    """
+
+    def padded(count: int) -> int:
+        return -(-count // 4) * 4
+
+    return 4 * (4 + padded(num_bits) + 2 * num_classes * padded(num_values))
 
 
 def sorter_name(prefix: int, token_type: str) -> str:

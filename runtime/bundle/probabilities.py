@@ -45,12 +45,26 @@ def distributions(values: Float32Array, sharpness: npt.ArrayLike, *, is_logits: 
 
 def logits_of(given: Given) -> Given:
     """Logits of probabilities; a bit that is surely 1 gets a finite one, for +inf is none."""
+    if len(given) == 2:
+        classes, bits = given
+        return _logarithms(classes), bit_logits(1 - bits.astype(np.float64), bits)
+    return (_logarithms(given[0]),)
+
+
+def _logarithms(probabilities: Float32Array) -> Float32Array:
+    found = np.empty_like(probabilities)
     with np.errstate(divide="ignore"):
-        found = tuple(np.log(np.asarray(part, np.float64)) for part in given)
-        if len(given) == 2:
-            bits = found[1] - np.log1p(-np.asarray(given[1], np.float64))
-            found = found[0], np.minimum(bits, _LARGEST_LOGIT)
-    return tuple(part.astype(np.float32) for part in found)
+        # In float64, a few at a time.
+        np.log(probabilities, out=found, dtype=np.float64, casting="same_kind")
+    return found
+
+
+def bit_logits(zeros: npt.ArrayLike, ones: npt.ArrayLike) -> Float32Array:
+    """Of bits, from the probabilities of both sides: of those near 1 a float32 does not tell how near."""
+    with np.errstate(divide="ignore"):
+        logits = np.log(np.asarray(ones, np.float64)) - np.log(np.asarray(zeros, np.float64))
+    found: Float32Array = np.minimum(logits, _LARGEST_LOGIT).astype(np.float32)
+    return found
 
 
 def normalised(probabilities: Float32Array) -> Float64Array:
@@ -66,12 +80,11 @@ def one_hot(indices: AnyArray, size: int) -> Float32Array:
     return found
 
 
-def drawn(probabilities: Float64Array, random: np.random.Generator) -> Int32Array:
-    """An index [...] from each distribution [..., K]; none that has probability 0."""
+def drawn(probabilities: Float64Array, uniform: Float64Array) -> Int32Array:
+    """An index [...] from each distribution [..., K], none that has probability 0. uniform: [...], each from [0, 1)."""
     sums = probabilities.cumsum(axis=-1)
-    # Over the very last sum, so that no rounding leaves a gap behind it.
-    threshold = random.random(sums.shape[:-1])[..., None] * sums[..., -1:]
-    found: Int32Array = (sums > threshold).argmax(axis=-1).astype(np.int32)
+    # Times the very last sum, so that no rounding leaves a gap behind it.
+    found: Int32Array = (sums > uniform[..., None] * sums[..., -1:]).argmax(axis=-1).astype(np.int32)
     return found
 
 

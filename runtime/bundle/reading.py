@@ -1,6 +1,7 @@
 """The one way to read files that somebody else may have made: opened once, regular, and never more than expected.
 
-Of JSON in them, every key and every type is as a dataclass declares it, or an error names the place.
+Of JSON in them, every key stands once, and every key and every type is as a dataclass declares it, or an error names
+the place.
 
 What stands under a name may change between two looks at it, and may be a pipe that never answers, a link to elsewhere
 or a sparse file of terabytes. So a file is opened first, without waiting, and everything is asked of what was opened.
@@ -61,9 +62,9 @@ def read_json(path: str | Path, most: int) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON by the standard, without NaN and infinity, of at most 32 levels. Raises ValueError."""
+    """JSON by the standard, without NaN and infinity, each key once, of at most 32 levels. Raises ValueError."""
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
+        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError(f"it nests deeper than {_MOST_LEVELS} levels") from None
     _check_depth(content)
@@ -178,6 +179,18 @@ def _check_depth(content: Any) -> None:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json alone would keep the last of two values, and another reader the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {shown(key)} stands there twice")
+            seen.add(key)
+    return found
 
 
 # --- JSON as dataclasses ----------------------------------------------------------------------------------------------

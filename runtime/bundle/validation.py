@@ -7,14 +7,15 @@ to an error.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from .advice import command
-from .arrays import AnyArray, BoolArray, Float32Array, Int32Array, unravel
+from .arrays import AnyArray, BoolArray, Float32Array, Float64Array, Int32Array, unravel
 from .errors import InvalidInputError, UnbuiltPrefixError
 from .models import ModelEntry
 
@@ -285,6 +286,29 @@ def as_plain_array(name: str, value: object) -> AnyArray:
         advice = as_array_advice(name, value, is_float=name != "tokens")
         raise InvalidInputError(f"{name} is a {kind_of(value)}; expected a numpy.ndarray{advice}")
     return value
+
+
+def real_numbers(name: str, value: object, expected: str) -> Float64Array:
+    """One or several as float64, where they are numbers already: numpy would make some of text, of truth values, and of
+    what a mask hides. Raises InvalidInputError."""
+    parts = value if isinstance(value, list | tuple) else (value,)
+    if all(type(part) is float for part in parts):
+        # These raise nothing: what a signal's handler raises meanwhile passes as it is.
+        return np.array(value, np.float64)
+    read = ""
+    # Whatever somebody's object raises that is no array.
+    with suppress(Exception):
+        found = np.asarray(value)
+        types = [found.dtype]
+        if found.ndim and not isinstance(value, np.ndarray):
+            # One truth value among numbers is one of these to numpy.
+            types += [np.asarray(part).dtype for part in cast(Iterable[object], value)]
+        strange = [dtype for dtype in types if dtype.kind not in "iuf"]
+        if not strange and not isinstance(value, np.ma.MaskedArray):
+            with np.errstate(over="ignore"):
+                return found.astype(np.float64)
+        read = f" of type {(*strange, found.dtype)[0]}"
+    raise InvalidInputError(f"{name} is a {kind_of(value)}{read}; expected {expected}")
 
 
 def kind_of(value: object) -> str:

@@ -15,8 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..backends.registry import GPU_BACKENDS, OBSTACLES
 from ..bundle.advice import command, quoted
@@ -25,6 +23,7 @@ from ..bundle.errors import InvalidInputError
 from ..bundle.models import ModelEntry, StepModel, step_model
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
+from .tensors import checked_tensor, is_plain
 
 _LOG = logging.getLogger(__name__)
 _Self = TypeVar("_Self")
@@ -43,9 +42,6 @@ _WIDER = {
 #: In bytes, for the widest load of a kernel.
 _ALIGNMENT = 16
 CPU = torch.device("cpu")
-#: The modes of torch in which tensors are stand-ins.
-_RECORDING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.FUNCTIONAL)
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 #: The only entry of the adapter's own state dict: the fingerprint's 32 bytes, as float32 numbers.
 FINGERPRINT_KEY = "tokenizer_fingerprint"
 #: Averaging the weights of policies averages these numbers too, and each may then be off by so much. All 32 numbers of
@@ -127,7 +123,7 @@ class Engines:
 
     def compare_with(self, state: Mapping[str, Any]) -> StateComparison:
         """How `state`, the adapter's own or a published one, differs from the bundle's."""
-        tensors = {name: value for name, value in state.items() if isinstance(name, str) and _is_plain(value)}
+        tensors = {name: value for name, value in state.items() if isinstance(name, str) and is_plain(value)}
         if len(tensors) < len(state):
             others = sorted(str(name) for name in state if name not in tensors)
             return _no_state(f"{', '.join(others[:8])} are none")
@@ -299,66 +295,6 @@ def uncompiled(method: Callable[[_Self, Tensor], _Result]) -> Callable[[_Self, T
 
 def _no_state(problem: str) -> StateComparison:
     return StateComparison(differences=(f"it is no state dict of plain tensors: {problem}",))
-
-
-def _is_plain(value: object) -> bool:
-    """Whether `value` is a tensor whose memory holds its numbers as they are."""
-    return isinstance(value, Tensor) and _peculiarity(value) is None and not value.is_neg()
-
-
-def checked_tensor(name: str, value: object) -> Tensor:
-    """A tensor whose memory backends may read now. Raises InvalidInputError for every other kind of tensor or value."""
-    if not isinstance(value, Tensor):
-        raise InvalidInputError(
-            f"{name} is a {type(value).__module__}.{type(value).__qualname__}; expected a torch.Tensor: for numpy "
-            "arrays there is runtime.ActionTokenizer"
-        )
-    if _is_recorded():
-        raise InvalidInputError(
-            f"{name} is being traced, and of a bundle only the results of this one call would be recorded, or none: "
-            "leave the tokenizer out of torch.jit.trace, torch.export, torch.onnx.export and make_fx; bundles hold its "
-            "graphs as ONNX"
-        )
-    if torch._C._are_functorch_transforms_active():
-        levels = ", ".join(level.key().name for level in get_interpreter_stack() or ())
-        raise InvalidInputError(
-            f"{name} is inside torch.func ({levels}), where tensors have no memory that a bundle could read or write: "
-            "call the tokenizer outside, on whole batches, and pass in what it gave"
-        )
-    if peculiarity := _peculiarity(value):
-        raise InvalidInputError(f"{name} is {peculiarity}; expected a plain dense tensor")
-    return value.resolve_neg() if value.is_neg() else value
-
-
-def _is_recorded() -> bool:
-    """Whether calls are recorded or tensors are stand-ins, so that what a backend writes into memory is lost."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
-        # Other modes, such as a profiler's, see each call and let it happen.
-        modes = [*map(torch._C._get_dispatch_mode, _RECORDING_MODES), get_proxy_mode()]
-        return any(mode is not None for mode in modes)
-    return False
-
-
-def _peculiarity(value: Tensor) -> str | None:
-    """Why the memory of a tensor does not hold its numbers; None if it does, or holds them negated."""
-    kind = type(value)
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return f"a {kind.__module__}.{kind.__qualname__}, which has no memory of its own"
-    if value.is_nested:
-        return "nested"
-    if value.layout is not torch.strided:
-        return str(value.layout)
-    if value.is_quantized:
-        return "quantised"
-    try:
-        if value.data_ptr() or not (value.is_meta or value.numel()):
-            return None
-    except RuntimeError:
-        # A leftover of a transform of torch.func.
-        return "without memory"
-    return "on the meta device" if value.is_meta else "without memory: it was freed, or never was"
 
 
 def checked_integers(name: str, value: object, model: ModelEntry) -> Tensor:

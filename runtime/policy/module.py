@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..bundle.advice import quoted
+from ..bundle.beliefs import Belief, BeliefMode
 from ..bundle.errors import FingerprintError, InvalidInputError
 from ..bundle.paths import as_path
 from ..tokenizer import ActionTokenizer
-from .adapter_calls import CPU, FINGERPRINT_KEY, Engines, checked_tensor
+from .adapter_calls import CPU, FINGERPRINT_KEY, Engines
+from .tensor_beliefs import TensorBeliefs
+from .tensors import checked_tensor
 
 
 class BundleModule(nn.Module):
@@ -38,6 +41,7 @@ class BundleModule(nn.Module):
             )
         super().__init__()
         self._engines = engines
+        self._beliefs = TensorBeliefs(engines)
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self.register_buffer(FINGERPRINT_KEY, engines.numbers.clone())
@@ -71,6 +75,57 @@ class BundleModule(nn.Module):
         """The tokenizer that takes numpy arrays."""
         self._require_own()
         return self._engines.on_host
+
+    def decode_logits(
+        self,
+        logits: Tensor | tuple[Tensor, Tensor],
+        *,
+        mode: BeliefMode = "expected",
+        temperature: object = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Belief[Tensor]:
+        """What logits of tokens decode to, as `ActionTokenizer.decode_logits` does it; gradients reach the logits.
+
+        logits: of any float type, on any device, with any leading axes: of per-step tokens [..., T, D, l, K], any T, l
+        a built prefix; of chunk tokens [..., l, V], any l, or the pair (classes [..., C], bits [..., n]). actions and
+        std come as float32, or float64 where logits are: [..., T, A] in physical units; mode_probability [...]; mode
+        int64, [..., T, D, c] or [...].
+
+        mode: in `likeliest mode` gradients reach what is decoded within it, and that mode's logits by
+        mode_probability alone. `sample` gives what the drawn tokens decode to, with the gradient of what is expected
+        within their mode (straight-through). temperature: as in `ActionTokenizer`, or a tensor, which may carry a
+        gradient, and whose values nobody checks. generator: of what is drawn, on the device of the logits.
+
+        Computed by torch, in float32 or better, whatever autocast says: within 1e-6 normalised units of the definition,
+        where products are not allowed to be TF32. Raises what `ActionTokenizer.decode_logits` raises; on a GPU, in
+        compiled code and in transforms of torch.func nobody looks at the values, and what is illegal becomes NaN.
+        """
+        return self._decoded(logits, mode, temperature, generator, is_logits=True)
+
+    def decode_probabilities(
+        self,
+        p: Tensor | tuple[Tensor, Tensor],
+        *,
+        mode: BeliefMode = "expected",
+        temperature: object = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Belief[Tensor]:
+        """`decode_logits` of what softmax, and sigmoid for bits, gave; divided by their sums."""
+        return self._decoded(p, mode, temperature, generator, is_logits=False)
+
+    def _decoded(
+        self,
+        given: object,
+        mode: BeliefMode,
+        temperature: object,
+        generator: torch.Generator | None,
+        *,
+        is_logits: bool,
+    ) -> Belief[Tensor]:
+        if not torch.compiler.is_compiling():
+            # It reads a number, which would end a compiled graph.
+            self._require_own()
+        return self._beliefs.decode(given, mode, temperature, generator, is_logits=is_logits)
 
     def _checked_actions(self, value: object, shape: tuple[int, ...], letters: str) -> Tensor:
         """Actions float32 [..., *shape]. Raises InvalidInputError."""

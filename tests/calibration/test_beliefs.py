@@ -17,17 +17,18 @@ from rfsq.calibration.beliefs import (
     calibration_error,
     fit_temperature,
     reliability,
+    said_of,
     settings_of,
 )
 from rfsq.calibration.errors import CalibrationError
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.rfsq_ref.beliefs import bits_of_tokens
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.runtime.bundle.beliefs import Belief, BeliefMode
+from rfsq.runtime.bundle.beliefs import Belief, BeliefKind, BeliefMode
 from tests.chunk_bundles import ChunkRecipe, chunk_checkpoint
 from tests.rfsq_ref.models import make_model, random_actions
 
-ONE = torch.ones(1).double()
+KIND = BeliefKind("0" * 64, "tokens", 2, 1)
 
 
 def drawn_choice(count: int, vocabulary: int, temperature: float, seed: int = 0) -> Choice:
@@ -72,16 +73,17 @@ def test_the_calibration_error_is_how_far_confidence_is_from_accuracy() -> None:
     # Two words: always 0.9 sure, right seven times of ten.
     logits = torch.tensor([[math.log(9.0), 0.0]]).double().expand(10, -1)
     choice = Choice("some", logits, torch.tensor([0] * 7 + [1] * 3))
-    assert calibration_error([choice], ONE) == pytest.approx(0.2)
-    found = reliability([choice], ONE)
+    assert calibration_error([said_of(choice)]) == pytest.approx(0.2)
+    found = reliability([said_of(choice)])
     assert (found.confidence, found.accuracy, found.share) == (pytest.approx((0.9,)), pytest.approx((0.7,)), (1.0,))
-    assert calibration_error([drawn_choice(50_000, 7, 1.0)], ONE) < 0.01
+    assert calibration_error([said_of(drawn_choice(50_000, 7, 1.0))]) < 0.01
 
 
 class Spread(PolicyLogits):
     """Actions off by what a Gaussian of the standard deviation that is told, times `factor`, gives."""
 
     def __init__(self, count: int, factor: float) -> None:
+        self.kind = KIND
         generator = torch.Generator().manual_seed(0)
         self.actions = torch.zeros(count, 3, 2).double()
         self._std = 0.1 + torch.rand(count, 3, 2, generator=generator).double()
@@ -99,15 +101,26 @@ class Spread(PolicyLogits):
 @pytest.mark.parametrize("factor", [0.25, 3.0])
 def test_scales_make_spreads_honest_on_episodes_that_were_not_fitted(factor: float) -> None:
     report = calibrate_beliefs(Spread(6000, factor), [index // 100 for index in range(6000)])
-    assert (report.fitted, report.judged) == (30, 30)
+    assert (report.episodes, report.folds) == (60, 5)
     for spread in report.spreads:
         assert spread.scale == pytest.approx((factor, factor), rel=0.06)
         assert abs(spread.within_one[0] - 0.6827) > 0.2
         assert spread.within_one[1] == pytest.approx(0.6827, abs=0.02)
         assert spread.within_two[1] == pytest.approx(0.9545, abs=0.01)
     settings = settings_of(report)
+    assert settings.kind == KIND
     assert settings.temperature == (report.choices[0].temperature,)
     assert settings.std_scale == {spread.mode: spread.scale for spread in report.spreads}
+
+
+def test_each_episode_is_judged_by_a_fit_that_leaves_it_out() -> None:
+    given = Spread(2000, 1.0)
+    given._off[1000:] *= 16
+    report = calibrate_beliefs(given, [0] * 1000 + [1] * 1000)
+    for spread in report.spreads:
+        # All errors of the first, judged by the scale of the second, and few the other way round.
+        assert spread.within_one[1] == pytest.approx((1 + math.erf(1 / 16 / math.sqrt(2))) / 2, abs=0.01)
+        assert spread.within_two[1] == pytest.approx((1 + math.erf(2 / 16 / math.sqrt(2))) / 2, abs=0.01)
 
 
 def test_spreads_of_nothing_have_no_scale_and_the_shares_are_those_of_the_robot() -> None:
@@ -151,9 +164,9 @@ def test_a_policy_that_says_the_recorded_tokens_needs_nothing_and_is_certain() -
     bits = bits_of_tokens(of_words, chunk.sizes)
     own = bits.bits[torch.arange(6), bits.classes.argmax(1)]
     for given in (
-        StepLogits(model, steps, sharp, 1),
-        TokenLogits(chunk, chunks, 20 * of_words),
-        BitLogits(chunk, chunks, 20 * bits.classes, 40 * own - 20),
+        StepLogits(KIND, model, steps, sharp),
+        TokenLogits(KIND, chunk, chunks, 20 * of_words),
+        BitLogits(KIND, chunk, chunks, 20 * bits.classes, 40 * own - 20),
     ):
         for choice in given.choices(torch.arange(6)):
             assert (choice.logits.argmax(-1) == choice.taken).all(), choice.name

@@ -58,6 +58,10 @@ inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift)
     return (unsigned)(((unsigned long long)high << 32 | low) << (shift & 31) >> 32);
 }
 
+/* As wrong as they may be on a GPU. */
+inline float __fdividef(float a, float b) { return a / b * (1 + 0x1p-22f); }
+inline float __log2f(float x) { return log2f(x) * (1 + 0x1p-22f); }
+
 /* Threads take turns at barriers alone. */
 inline int atomicAdd(int *target, int value) { return (*target += value) - value; }
 inline int atomicOr(int *target, int value)
@@ -67,7 +71,29 @@ inline int atomicOr(int *target, int value)
     return before;
 }
 
+inline unsigned atomicAdd(unsigned *target, unsigned value) { return (*target += value) - value; }
+inline unsigned atomicMax(unsigned *target, unsigned value)
+{
+    const unsigned before = *target;
+    *target = value > before ? value : before;
+    return before;
+}
+inline unsigned atomicInc(unsigned *target, unsigned last)
+{
+    const unsigned before = *target;
+    *target = before >= last ? 0 : before + 1;
+    return before;
+}
+inline unsigned atomicExch(unsigned *target, unsigned value)
+{
+    const unsigned before = *target;
+    *target = value;
+    return before;
+}
+inline void __threadfence() {}
+
 template <class T> T __ldcs(const T *source) { return *source; }
+template <class T> T __ldcg(const T *source) { return *source; }
 template <class T> void __stcs(T *target, T value) { *target = value; }
 
 /* What stands for the instructions of PTX. */
@@ -108,7 +134,11 @@ static Barrier block;
 static unsigned num_events;
 static void *kernel;
 static void *const *arguments;
-static unsigned num_arrays, num_numbers;
+static unsigned num_arguments;
+/* Pointers and numbers alike. */
+typedef unsigned long long Argument;
+static constexpr unsigned MOST_ARGUMENTS = 12;
+static_assert(sizeof(Argument) == sizeof(void *), "they are passed alike");
 
 static void leave(Thread &thread)
 {
@@ -178,16 +208,12 @@ template <class T> T __shfl_xor_sync(unsigned, T value, int distance)
 static void run_thread()
 {
     for (Thread &own = threads[threadIdx.x];; leave(own)) {
-        void *const *a = arguments;
-        if (num_arrays == 2 && num_numbers == 1)
-            ((void (*)(void *, void *, long long))kernel)(a[0], a[1], (long long)a[2]);
-        else if (num_arrays == 2 && num_numbers == 2)
-            ((void (*)(void *, void *, long long, long long))kernel)(a[0], a[1], (long long)a[2], (long long)a[3]);
-        else if (num_arrays == 2)
-            ((void (*)(void *, void *, long long, long long, void *))kernel)(a[0], a[1], (long long)a[2],
-                                                                             (long long)a[3], a[4]);
-        else
-            ((void (*)(void *, void *, void *, long long))kernel)(a[0], a[1], a[2], (long long)a[3]);
+        Argument a[MOST_ARGUMENTS] = {};
+        for (unsigned i = 0; i < num_arguments; ++i)
+            a[i] = (Argument)arguments[i];
+        /* A kernel takes as many as it has parameters: whoever calls makes room for them, and clears it away. */
+        ((void (*)(Argument, Argument, Argument, Argument, Argument, Argument, Argument, Argument, Argument, Argument,
+                   Argument, Argument))kernel)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]);
         own.is_done = true;
         ++num_events;
     }
@@ -227,11 +253,11 @@ static bool run_block(unsigned size, bool is_backwards)
 }
 
 extern "C" bool run_kernel(void *function, unsigned blocks, unsigned size, bool is_backwards, void *const *values,
-                           unsigned arrays, unsigned numbers)
+                           unsigned count)
 {
-    if (size > MOST_THREADS || size % WARP_SIZE != 0)
+    if (size > MOST_THREADS || size % WARP_SIZE != 0 || count > MOST_ARGUMENTS)
         return false;
-    kernel = function, arguments = values, num_arrays = arrays, num_numbers = numbers;
+    kernel = function, arguments = values, num_arguments = count;
     start_threads(size);
     gridDim.x = blocks;
     for (unsigned i = 0; i < blocks; ++i) {

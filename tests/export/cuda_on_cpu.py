@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,9 +12,15 @@ import numpy as np
 
 from rfsq.export.chunk_tokens import ChunkTokens
 from rfsq.runtime.bundle.manifest import (
+    BELIEF_HEADER_BYTES,
     CHUNKS_OF_BLOCK,
     CHUNKS_OF_WINDOW,
+    IS_LOGITS,
+    KEEPS_MODE,
+    TAKES_TURNS,
     KernelKind,
+    belief_kernel_name,
+    belief_slot_bytes,
     bytes_of_window,
     kernel_name,
     sorter_name,
@@ -39,6 +45,7 @@ INSTRUCTIONS = {
     ),
 }
 CHUNK_INSTRUCTIONS = {
+    'asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));': "x = ptx_ex2(x);",
     'asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));': "inverse = ptx_rcp(b);",
 }
 #: Stands behind every output, and has to stand there afterwards.
@@ -60,27 +67,36 @@ class Kernels:
         name: str,
         grid: tuple[int, int],
         inputs: list[np.ndarray],
-        shapes: list[tuple[tuple[int, ...], str]],
+        shapes: Sequence[tuple[tuple[int, ...], str] | None],
         numbers: tuple[int, ...],
         *,
         is_backwards: bool = False,
     ) -> list[np.ndarray]:
-        """grid: blocks, and threads of each; shapes: of the outputs, with their types; numbers: further arguments."""
-        sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
+        """grid: blocks, and threads of each; shapes: of the outputs, with their types, None for what is a null pointer;
+        numbers: further arguments."""
+        outputs = [given for given in shapes if given is not None]
+        sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in outputs]
         written = [aligned((size + GUARD_BYTES,), np.uint8) for size in sizes]
         for memory in written:
             memory.fill(GUARD)
-        arrays = [*map(_copied, inputs), *written]
-        counts = len(arrays), len(numbers)
-        values = (ctypes.c_void_p * sum(counts))(*(array.ctypes.data for array in arrays), *numbers)
-        kernel = ctypes.cast(self._library[name], ctypes.c_void_p)
-        assert self._library.run_kernel(kernel, *grid, is_backwards, values, *counts), "threads wait"
+        arrays, left = [*map(_copied, inputs)], iter(written)
+        pointers = [array.ctypes.data for array in arrays]
+        pointers += [0 if given is None else next(left).ctypes.data for given in shapes]
+        values = (ctypes.c_void_p * (len(pointers) + len(numbers)))(*pointers, *numbers)
+        self.launch(name, grid, values, is_backwards=is_backwards)
         for memory, size in zip(written, sizes, strict=True):
             assert (memory[size:] == GUARD).all(), "written beyond the end"
         return [
             memory[:size].view(dtype).reshape(shape)
-            for memory, size, (shape, dtype) in zip(written, sizes, shapes, strict=True)
+            for memory, size, (shape, dtype) in zip(written, sizes, outputs, strict=True)
         ]
+
+    def launch(
+        self, name: str, grid: tuple[int, int], values: ctypes.Array[ctypes.c_void_p], *, is_backwards: bool = False
+    ) -> None:
+        """values: of the kernel's parameters."""
+        kernel = ctypes.cast(self._library[name], ctypes.c_void_p)
+        assert self._library.run_kernel(kernel, *grid, is_backwards, values, len(values)), "threads wait"
 
 
 class CudaOnCpu:
@@ -121,6 +137,36 @@ class CudaOnCpu:
         shape = (len(tokens), self._recipe.config.action_dim)
         [actions] = self._run(name, inputs, [(shape, "float32")], is_backwards)
         return actions
+
+    def beliefs(
+        self,
+        given: np.ndarray,
+        *,
+        is_logits: bool,
+        keeps_mode: bool = False,
+        coarse: int = 1,
+        sharpness: np.ndarray | None = None,
+        has_all: bool = True,
+        is_backwards: bool = False,
+    ) -> list[np.ndarray]:
+        """given [B, T, D, l, K] -> actions and, with has_all, std [B, T, A], mode_probability [B], mode
+        [B, T, D, coarse]."""
+        sizes, (batch, length, latents, layers, _) = self._recipe.config, given.shape
+        actions = ((batch, length, sizes.action_dim), "float32")
+        others = actions, ((batch,), "float32"), ((batch, length, latents, coarse), "int32")
+        gathered = np.zeros((batch, 2), np.uint32)
+        terms = is_logits * IS_LOGITS + keeps_mode * KEEPS_MODE
+        numbers = (0 if sharpness is None else sharpness.ctypes.data, gathered.ctypes.data, terms, coarse)
+        found = self._kernels.run(
+            belief_kernel_name(layers),
+            (batch * length, constant(self.source, "BELIEF_THREADS")),
+            [given],
+            [actions, *(output if has_all else None for output in others)],
+            numbers,
+            is_backwards=is_backwards,
+        )
+        assert not gathered.any(), "what the blocks tell each other is not as it was"
+        return found
 
     def _run(
         self, name: str, inputs: list[np.ndarray], shapes: list[tuple[tuple[int, ...], str]], is_backwards: bool
@@ -173,6 +219,48 @@ class ChunkCudaOnCpu:
             numbers = (*numbers, memory.ctypes.data)
         shape = self._model.actions_shape(len(tokens))
         return self._run("decoder", kind, tokens, (shape, "float32"), numbers, is_backwards, blocks)
+
+    def beliefs(
+        self,
+        given: tuple[np.ndarray, ...],
+        *,
+        is_logits: bool,
+        keeps_mode: bool = False,
+        sharpness: np.ndarray | None = None,
+        consumers: int = 3,
+        has_all: bool = True,
+        is_backwards: bool = False,
+    ) -> list[np.ndarray]:
+        """Words [B, l, V], or classes [B, C] and bits [B, n] -> actions and, with has_all, std [B, T, A],
+        mode_probability [B], mode [B]. consumers: blocks of a chunk that decode classes."""
+        model, batch = self._model, len(given[0])
+        consumers = min(consumers, model.num_classes)
+        size = belief_slot_bytes(
+            model.chunk_length * model.action_dim, model.num_classes, model.depth * model.token_bits
+        )
+        name = belief_kernel_name("words" if len(given) == 1 else "bits", size)
+        tokens = given[0].shape[1] if len(given) == 1 else (model.class_bits + given[1].shape[1]) // model.token_bits
+        memory = aligned((BELIEF_HEADER_BYTES + batch * size + GUARD_BYTES,), np.uint8)
+        memory[-GUARD_BYTES:] = GUARD
+        actions, chunks = (model.actions_shape(batch), "float32"), (batch,)
+        # What others wait for goes first, in whichever order the blocks come.
+        terms = is_logits * IS_LOGITS + keeps_mode * KEEPS_MODE + TAKES_TURNS
+        sharp = 0 if sharpness is None else sharpness.ctypes.data
+        threads = self._threads(name)
+        producers = 0 if len(given) == 2 else -(-(tokens - 1) // (threads // 32))
+        found = self._kernels.run(
+            name,
+            (batch * (producers + consumers), threads),
+            list(given),
+            [actions, *(part if has_all else None for part in (actions, (chunks, "float32"), (chunks, "int32")))],
+            (sharp, memory.ctypes.data, terms, tokens, consumers),
+            is_backwards=is_backwards,
+        )
+        assert (memory[-GUARD_BYTES:] == GUARD).all(), "written beyond the end"
+        told = memory[BELIEF_HEADER_BYTES:-GUARD_BYTES].reshape(batch, size)[:, :16]
+        assert not told.any(), "what blocks tell each other is not as it was"
+        assert not memory[:BELIEF_HEADER_BYTES].any(), "it is still somebody's turn"
+        return found
 
     def _sort(self, tokens: np.ndarray, *, is_backwards: bool) -> np.ndarray:
         """The workspace of the decoder."""

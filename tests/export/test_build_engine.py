@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,21 +30,22 @@ from rfsq.export.build_engine import config_of, main, parser, verdict
 from rfsq.export.c_builder import find_compiler
 from rfsq.export.engines import Profile
 from rfsq.export.errors import GateError
-from rfsq.export.fingerprint import fingerprint
-from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.parity import closing_tables
 from rfsq.export.pipeline import build
-from rfsq.export.plan import DeployMode
+from rfsq.export.plan import DecoderPlan, DeployMode
 from rfsq.export.reference import AS_TRAINED, REFITTED
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit, chunk, load_actions
+from rfsq.rfsq_ref.fingerprint import fingerprint
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.checkpoint_layouts import recorded_hashes, weight_hashes
+from rfsq.runtime.bundle.decoding import StepDecoding
 from rfsq.runtime.bundle.fidelity import Grade, fidelity
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.golden import Golden
@@ -191,8 +192,9 @@ def test_the_default_build_makes_a_bundle_that_a_robot_can_load(built: Built, to
     graphs = [
         graph_file(name, form) for name in ("encoder.onnx", "decoder.onnx", "decoder_l3.onnx") for form in LinearForm
     ]
-    graphs += ["belief.onnx", "belief_l3.onnx"]
-    assert bundle_files(built.output) == sorted([*graphs, C_HEADER, C_SOURCE, CUDA_SOURCE, "golden.npz", MANIFEST_NAME])
+    graphs += [graph_file(name, form) for name in ("belief.onnx", "belief_l3.onnx") for form in BELIEF_FORMS]
+    others = [C_HEADER, C_SOURCE, CUDA_SOURCE, "golden.npz", "decoding.npz", MANIFEST_NAME]
+    assert bundle_files(built.output) == sorted([*graphs, *others])
     assert (manifest.model.mode, manifest.model.chunk_length, tokenizer.prefixes) == ("calibrated", 8, (3, 8))
     assert manifest.engines == ()
     assert tokenizer.fingerprint == manifest.fingerprint
@@ -659,13 +661,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_engines(manifest: Manifest, folder: Path, profile: tuple[int, int, int], target: str) -> None:
-    assert [engine.source for engine in manifest.engines] == [graph.file for graph in manifest.graphs_of("reduce")]
-    for engine in manifest.engines:
+    graphs = manifest.every_graph_of("reduce")
+    assert [engine.source for engine in manifest.engines] == [graph.file for graph in graphs]
+    for graph, engine in zip(graphs, manifest.engines, strict=True):
         # Nothing here has run it: that is said, and not a word more.
         assert engine.status == "built"
         assert (engine.precision, engine.device, engine.kernel_cache) == ("not measured", "", "")
         assert re.fullmatch(r"inspected \((engine|network|none)\), not run", engine.detail)
-        assert engine.profile == profile
+        # Beliefs come from numpy in slices.
+        assert engine.profile == ((1, 1, 128) if graph.role == "belief" else profile)
         assert engine.source_sha256 == manifest.files[engine.source].sha256
         stem = engine.source.removeprefix("reduce/").removesuffix(".onnx")
         expected = f"engines/{engine.backend}-{engine.version}-{target}/{stem}-{engine.source_sha256[:12]}.engine"
@@ -890,7 +894,7 @@ def test_a_graph_of_beliefs_that_leaves_the_definition_ends_the_build(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     right = step_tokens.belief_graph
-    monkeypatch.setattr(step_tokens, "belief_graph", lambda plan: right(lean(plan)))
+    monkeypatch.setattr(step_tokens, "belief_graph", lambda plan, form: right(lean(plan), form))
     if not is_cross_checked:
         monkeypatch.setattr(pipeline, "cross_check", lambda *_: [])
     assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(small)]) == 1
@@ -903,6 +907,22 @@ def test_a_graph_of_beliefs_that_leaves_the_definition_ends_the_build(
             r"^  onnxruntime, beliefs: action error: \S+ over \d+ steps; expected at most", said, re.MULTILINE
         )
         assert "golden vectors: ✗ beliefs, batch 1: action error" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_constants_of_decoding_that_leave_the_definition_end_the_build(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = step_tokens.step_decoding
+
+    def wrong(plans: Sequence[DecoderPlan]) -> StepDecoding:
+        found = right(plans)
+        assert found is not None
+        return replace(found, first_bias=found.first_bias + np.float32(1e-3))
+
+    monkeypatch.setattr(step_tokens, "step_decoding", wrong)
+    assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(small)]) == 1
+    assert re.search(r"^  beliefs that decoding\.npz decodes are off by ", capsys.readouterr().err, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,12 +15,12 @@ from rfsq.export.build_config import BuildConfig
 from rfsq.export.build_engine import config_of, parser
 from rfsq.export.chunk_plan import ChunkPlan
 from rfsq.export.errors import BuildInputError, ExportError, GateError, SourceTooLargeError
-from rfsq.export.fingerprint import chunk_fingerprint
 from rfsq.export.on_target import TargetConfig, add_engines
 from rfsq.export.pipeline import build
 from rfsq.rfsq_ref.chunk_checkpoint import load_chunk_checkpoint, save_chunk_checkpoint
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.errors import CheckpointError
+from rfsq.rfsq_ref.fingerprint import chunk_fingerprint
 from rfsq.rfsq_ref.settings import TokenKind
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.cpu_targets import host_targets

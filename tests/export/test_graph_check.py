@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from rfsq.export import parity
 from rfsq.export.chunk_reference import ChunkReference
 from rfsq.export.chunk_tokens import ChunkTokens
-from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graph_builder import BELIEF_FORMS, LinearForm
 from rfsq.export.parity import check_graph, cross_check
 from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.normaliser import Normaliser
@@ -63,8 +63,8 @@ def altered(content: bytes, change: Callable[[onnx.ModelProto], object]) -> byte
 
 
 def test_sound_graphs_pass_both_checks(graphs: Graphs) -> None:
-    beliefs = set() if graphs.manifest.model.has_stats else {"belief.onnx", "belief_l2.onnx"}
-    assert set(graphs.entries) == set(FILES) | beliefs
+    beliefs = {graph_file(name, form) for form in BELIEF_FORMS for name in ("belief.onnx", "belief_l2.onnx")}
+    assert set(graphs.entries) == set(FILES) | (set() if graphs.manifest.model.has_stats else beliefs)
     for file, content in graphs.contents.items():
         assert check_graph(graphs.entries[file], content) == []
         assert graphs.cross_check(file, content) == []

@@ -29,11 +29,11 @@ from rfsq.calibration.settings import ChunkConfig
 from rfsq.export import engines
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.chunk_reference import ChunkReference
-from rfsq.export.fingerprint import chunk_fingerprint
 from rfsq.export.pipeline import build
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint, load_chunk_checkpoint, save_chunk_checkpoint
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.fingerprint import chunk_fingerprint
 from rfsq.runtime import ActionTokenizer, Status
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.comparison import action_errors

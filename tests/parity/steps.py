@@ -25,9 +25,9 @@ from rfsq.evidence.workers import results_of
 from rfsq.export.chunk_plan import ACTION_LIMIT
 from rfsq.export.chunk_reference import ChunkReference, episode_chunks
 from rfsq.export.chunk_sections import chunk_sections
-from rfsq.export.fingerprint import chunk_fingerprint
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint, load_chunk_checkpoint
 from rfsq.rfsq_ref.data import load_demonstrations, split_episodes
+from rfsq.rfsq_ref.fingerprint import chunk_fingerprint
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.arrays import Float32Array, Int32Array
 from rfsq.runtime.bundle.comparison import action_errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,6 +305,50 @@ def test_a_sample_s_deviation_is_that_within_its_mode(steps: Case) -> None:
     known = softmax(logits)
     known[..., :2, :] = one_hot(belief.mode, 5)
     np.testing.assert_allclose(belief.std, steps.tokenizer.decode_probabilities(known).std, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_a_sample_of_many_chunks_is_the_same_in_parts_of_any_size(
+    case: Case, is_pair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_pair and not case.is_chunk:
+        return
+    prefix = case.tokenizer.prefixes[-1]
+    logits = case.pair(prefix, 7) if is_pair else case.logits(prefix, 7)
+    whole = case.tokenizer.decode_logits(logits, mode="sample", seed=3)
+    for numbers in (1, 3000):
+        monkeypatch.setattr(graph_beliefs, "_SLICE", numbers)
+        parts = case.tokenizer.decode_logits(logits, mode="sample", seed=3)
+        assert parts.actions.tobytes() == whole.actions.tobytes()
+        np.testing.assert_array_equal(parts.mode, whole.mode)
+        np.testing.assert_allclose(parts.std, whole.std, rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(parts.mode_probability, whole.mode_probability, rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", [{}, {"mode": "sample", "seed": 0}, {"temperature": 2.0}], ids=str)
+def test_many_chunks_take_little_more_memory_than_they_have(
+    case: Case, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_beliefs, "_SLICE", 2**14)
+    shares = softmax(case.logits(case.tokenizer.prefixes[-1], 200))
+    case.tokenizer.decode_probabilities(shares[:2], **how)
+    tracemalloc.start()
+    try:
+        case.tokenizer.decode_probabilities(shares, **how)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # A temperature makes logits of probabilities, as many numbers once more.
+    assert peak < shares.nbytes * (1.5 if "temperature" in how else 0.5) + 2**20
+
+
+def test_a_sample_of_what_is_nearly_certain_keeps_its_deviation(chunks: Case) -> None:
+    classes, (_, mixed) = one_hot(np.arange(5), 6), chunks.pair(9)
+    given = classes * np.float32(1000), np.sign(mixed) * np.float32(20)
+    belief = chunks.tokenizer.decode_logits(given, mode="sample", seed=0)
+    expected = chunks.tokenizer.decode_logits(given, mode="likeliest mode")
+    np.testing.assert_allclose(belief.std, expected.std, rtol=1e-4)
+    assert belief.std.any(axis=(1, 2)).all()
 
 
 # Into arrays ----------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from rfsq.runtime import (
     Watchdog,
 )
 from rfsq.runtime import tokenizer as tokenizer_module
+from rfsq.runtime.bundle.beliefs import BeliefKind
 from rfsq.runtime.bundle.errors import SequenceTooShortError
 from rfsq.runtime.control.config import ActionKind
 from rfsq.runtime.control.result import BrokenOff, TickOutcome
@@ -99,7 +100,7 @@ def told(made: ControlResult) -> list[Any]:
 #: What each public class says of itself, once for the original and once for the copy.
 SAMPLES: dict[type[Any], tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     BeliefSettings: (
-        lambda: BeliefSettings((1.5, 2.0), {"expected": (0.5,)}),
+        lambda: BeliefSettings(BeliefKind("0" * 64, "tokens", 2, 1), (1.5, 2.0), {"expected": (0.5,)}),
         lambda settings: (settings, settings.text()),
     ),
     ChunkVocabulary: (

@@ -208,7 +208,7 @@ def test_selftest_without_any_backend_gives_each_reason_once(
 def test_selftest_shows_every_check_beside_its_limit(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert selftest.main([str(bundle), "-v"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("✓ 13 files")
+    assert lines[1].startswith("✓ 16 files")
     for line in (
         "– cuda: not tested: CUDA finds no usable GPU here",
         f"– c: not tested: {bundle} has no C engine for ",

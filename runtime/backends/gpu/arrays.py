@@ -30,14 +30,14 @@ from ..contract import BoundCall, MarksIllegalValues
 from .driver import DEVICE, DeviceMemory, is_on_device
 
 _DType = np.dtype[Any]
-_FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
+FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
 #: cudaStreamLegacy: the stream that torch and CuPy work on unless they are told otherwise.
 DEFAULT_STREAM = 1
 #: cudaStreamPerThread.
 _PER_THREAD_STREAM = 2
 #: What the widest load of a kernel needs.
 _ALIGNMENT = 16
-_OUTPUTS = {"out", "stats_out"}
+_OUTPUTS = {"out", "stats_out", "std_out", "mode_probability_out", "mode_out"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +239,7 @@ class GpuCalls:
         source = self._actions(actions)
         own, batch = stream_of(stream, {"actions": source}), source.shape[0]
         tokens = GpuResult(self._model.tokens_shape(batch), _INT32, own)
-        stats = GpuResult(self._model.stats_shape(batch), _FLOAT32, own) if self._model.has_stats else None
+        stats = GpuResult(self._model.stats_shape(batch), FLOAT32, own) if self._model.has_stats else None
         self.encode_into(source, tokens, stats, own)
         return (tokens,) if stats is None else (tokens, stats)
 
@@ -251,13 +251,13 @@ class GpuCalls:
 
     def bind_encode(self, actions: object, out: object, stats_out: object | None, stream: object) -> BoundCall:
         """`encode_into`, captured."""
-        return self._backend.bind_encode(*_bindable(self._encoding(actions, out, stats_out, stream)))
+        return self._backend.bind_encode(*bindable(self._encoding(actions, out, stats_out, stream)))
 
     def decode(self, tokens: object, stats: object | None, stream: object) -> GpuResult:
         """tokens int32 [B, T, D, l] -> actions float32 [B, T, A]."""
         source = self._tokens(tokens)
         own = stream_of(stream, {"tokens": source})
-        actions = GpuResult(self._model.actions_shape(source.shape[0]), _FLOAT32, own)
+        actions = GpuResult(self._model.actions_shape(source.shape[0]), FLOAT32, own)
         self.decode_into(source, actions, stats, own)
         return actions
 
@@ -269,13 +269,13 @@ class GpuCalls:
 
     def bind_decode(self, tokens: object, out: object, stats: object | None, stream: object) -> BoundCall:
         """`decode_into`, captured."""
-        return self._backend.bind_decode(*_bindable(self._decoding(tokens, out, stats, stream)))
+        return self._backend.bind_decode(*bindable(self._decoding(tokens, out, stats, stream)))
 
     def _encoding(self, actions: object, out: object, stats_out: object | None, stream: object) -> _Call:
         source = self._actions(actions)
         batch = source.shape[0]
         named = {"actions": source}
-        named["out"] = _output("out", out, self._backend.token_types, self._model.tokens_shape(batch))
+        named["out"] = gpu_output("out", out, self._backend.token_types, self._model.tokens_shape(batch))
         if self._model.has_stats:
             shape = self._model.stats_shape(batch)
             if stats_out is None:
@@ -283,8 +283,8 @@ class GpuCalls:
                     "stats_out is missing: the engine of a `dynamic` bundle always gives statistics; pass a float32 "
                     f"array {list(shape)} on the GPU for them"
                 )
-            named["stats_out"] = _output("stats_out", stats_out, (_FLOAT32,), shape)
-        return _checked(named, stream)
+            named["stats_out"] = gpu_output("stats_out", stats_out, (FLOAT32,), shape)
+        return checked(named, stream)
 
     def _decoding(self, tokens: object, out: object, stats: object | None, stream: object) -> _Call:
         source = self._tokens(tokens)
@@ -292,20 +292,20 @@ class GpuCalls:
         named = {"tokens": source}
         check_whether_stats(stats, self._model)
         if stats is not None:
-            named["stats"] = _input("stats", stats, (_FLOAT32,))
+            named["stats"] = gpu_input("stats", stats, (FLOAT32,))
             shape = self._model.stats_shape(batch, layers)
             if named["stats"].shape != shape:
                 raise InvalidInputError(f"stats has shape {list(named['stats'].shape)}; expected {list(shape)}")
-        named["out"] = _output("out", out, (_FLOAT32,), self._model.actions_shape(batch))
-        return _checked(named, stream)
+        named["out"] = gpu_output("out", out, (FLOAT32,), self._model.actions_shape(batch))
+        return checked(named, stream)
 
     def _actions(self, value: object) -> GpuArray:
-        array = _input("actions", value, (_FLOAT32,))
+        array = gpu_input("actions", value, (FLOAT32,))
         check_shape("actions", array.shape, "B, T, A", (self._model.chunk_length, self._model.action_dim))
         return array
 
     def _tokens(self, value: object) -> GpuArray:
-        array = _input("tokens", value, self._backend.token_types)
+        array = gpu_input("tokens", value, self._backend.token_types)
         check_shape("tokens", array.shape, token_letters(self._model), self._model.token_grid)
         check_prefix(array.shape, self._model)
         return array
@@ -322,7 +322,7 @@ def _read(name: str, value: object) -> GpuArray:
     return gpu_array(name, value)
 
 
-def _input(name: str, value: object, accepted: Sequence[_DType]) -> GpuArray:
+def gpu_input(name: str, value: object, accepted: Sequence[_DType]) -> GpuArray:
     """accepted: its types, the one to advise first."""
     array = _read(name, value)
     if array.dtype not in accepted:
@@ -334,7 +334,7 @@ def _input(name: str, value: object, accepted: Sequence[_DType]) -> GpuArray:
     return array
 
 
-def _output(name: str, value: object, accepted: Sequence[_DType], shape: tuple[int, ...]) -> GpuArray:
+def gpu_output(name: str, value: object, accepted: Sequence[_DType], shape: tuple[int, ...]) -> GpuArray:
     """accepted: its types, the one to advise first."""
     array = _read(name, value)
     if array.dtype not in accepted or array.shape != shape:
@@ -347,7 +347,7 @@ def _output(name: str, value: object, accepted: Sequence[_DType], shape: tuple[i
     return array
 
 
-def _checked(named: dict[str, GpuArray], stream: object) -> _Call:
+def checked(named: dict[str, GpuArray], stream: object) -> _Call:
     """named: in the engine's order."""
     for output in (name for name in named if name in _OUTPUTS):
         for other in named:
@@ -356,7 +356,7 @@ def _checked(named: dict[str, GpuArray], stream: object) -> _Call:
     return list(named.values()), stream_of(stream, named)
 
 
-def _bindable(call: _Call) -> _Call:
+def bindable(call: _Call) -> _Call:
     if not call[0][0].shape[0]:
         raise InvalidInputError("an empty batch cannot be bound; expected at least one chunk")
     return call

@@ -93,8 +93,8 @@ class GpuBackend:
     def __init__(self, name: str, description: str, device: str, functions: Sequence[GpuFunction]) -> None:
         self.name, self.description, self.device = name, description, device
         # By the type of tokens; then by the prefix, None for the encoder.
-        self._runners: dict[np.dtype[Any], dict[int | None, _Runner]] = {}
-        self._all = [_Runner(function) for function in functions]
+        self._runners: dict[np.dtype[Any], dict[int | None, Runner]] = {}
+        self._all = [Runner(function) for function in functions]
         for function, runner in zip(functions, self._all, strict=True):
             graph = function.graph
             of_type = self._runners.setdefault(np.dtype(graph.tokens.dtype), {})
@@ -164,7 +164,7 @@ class CapturedCall:
             self.close()
 
 
-class _Runner:
+class Runner:
     """One function with everything that is kept ready for it."""
 
     def __init__(self, function: GpuFunction) -> None:

@@ -23,6 +23,7 @@ from ...bundle.errors import BackendUnavailableError, InferenceError, OutOfGpuMe
 
 #: The GPU that everything here is about.
 DEVICE = 0
+_DEFAULT_STREAM = 0
 _HOST_TO_DEVICE = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
 _DEVICE_TO_HOST = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
 #: Nobody else knows a stream that is captured, so nothing else has to hold still: no thread, no signal handler, and not
@@ -197,6 +198,18 @@ class DeviceMemory:
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self.address = int(call(cudart.cudaMalloc, max(num_bytes, 1)))
+
+    def clear(self) -> None:
+        """Fill it with zeros, and wait until they are there for every stream."""
+        call(cudart.cudaMemset, self.address, 0, self.num_bytes)
+        synchronize_stream(_DEFAULT_STREAM)
+
+    def write(self, content: bytes) -> None:
+        """Fill its beginning, and wait until that is there for every stream."""
+        source = np.frombuffer(content, np.uint8)
+        call(cudart.cudaMemcpy, self.address, source.ctypes.data, len(content), _HOST_TO_DEVICE)
+        # Of memory that is not pinned, the copy itself may still be under way.
+        synchronize_stream(_DEFAULT_STREAM)
 
     def close(self) -> None:
         if self.address and is_usable():

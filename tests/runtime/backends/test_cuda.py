@@ -77,7 +77,7 @@ def chunk_functions_of(library: FakeLibrary) -> list[CudaFunction]:
         CudaFunction(cast(Any, library), deployed.model, with_tokens(graph, token_type))
         for token_type in token_types(deployed.model.vocabulary, "uint16")
         for graph, _ in deployed.graphs()
-        if graph.form == "reduce"
+        if graph.form == "reduce" and graph.role != "belief"
     ]
 
 

@@ -52,6 +52,7 @@ def test_a_backend_has_the_methods_that_its_promises_need(spec: BackendSpec) -> 
         assert hasattr(backend, method) == spec.is_on_gpu
     assert hasattr(backend, "token_types") == spec.is_on_gpu
     assert hasattr(backend, "engines_in_use") == (spec.engine_source is not None)
+    assert hasattr(backend, "decode_belief_into") == spec.decodes_beliefs
     # What nobody checks on the host is marked; nobody does both.
     assert not (spec.checked_steps and spec.is_on_gpu)
 

@@ -8,8 +8,8 @@ import pytest
 
 from rfsq.runtime import BackendUnavailableError, BundleError
 from rfsq.runtime.bundle.folder import Bundle
-from rfsq.runtime.bundle.manifest import EngineEntry, GraphEntry, TensorEntry
-from tests.bundles import Recipe, deploy, make_manifest
+from rfsq.runtime.bundle.manifest import EngineEntry, GraphEntry, Manifest, TensorEntry
+from tests.bundles import Recipe, deploy, make_manifest, without_beliefs
 from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
@@ -19,7 +19,7 @@ from rfsq.runtime.backends.tensorrt import _check_tensors, choose_engines
 from rfsq.runtime.backends.tensorrt_api import EngineTensor, ProfileShapes
 
 MANIFEST = make_manifest(deploy(Recipe()))
-GRAPHS = MANIFEST.graphs_of("reduce")
+GRAPHS = MANIFEST.every_graph_of("reduce")
 H100 = GpuDevice("NVIDIA H100", "9.0", 80 * 10**9, "13.0")
 API = SimpleNamespace(backend="tensorrt-rtx", version="1.6.1.120", tag="tensorrt-rtx-1.6.1.120")
 
@@ -47,8 +47,8 @@ def engines(**changes: object) -> list[EngineEntry]:
     return [engine(graph, **changes) for graph in GRAPHS]
 
 
-def choose(entries: list[EngineEntry], device: GpuDevice = H100) -> list[EngineEntry]:
-    bundle = Bundle(Path("some/bundle"), replace(MANIFEST, engines=tuple(entries)), {})
+def choose(entries: list[EngineEntry], device: GpuDevice = H100, manifest: Manifest = MANIFEST) -> list[EngineEntry]:
+    bundle = Bundle(Path("some/bundle"), replace(manifest, engines=tuple(entries)), {})
     return choose_engines(bundle, API, device)  # type: ignore[arg-type]
 
 
@@ -87,11 +87,19 @@ def test_engines_of_another_library_are_named() -> None:
 def test_engines_for_other_gpus_are_named() -> None:
     entries = [*engines(targets=("8.6", "8.9")), *engines(targets=("12.0",), version="1.5.0")]
     assert ", but tensorrt-rtx 1.6.1.120 for 8.6, 8.9; tensorrt-rtx 1.5.0 for 12.0; " in refusal(entries)
-    assert choose(entries, replace(H100, compute_capability="8.9")) == entries[:3]
+    assert choose(entries, replace(H100, compute_capability="8.9")) == entries[: len(GRAPHS)]
 
 
-def test_one_graph_without_an_engine_is_one_too_many() -> None:
-    assert "from reduce/decoder.onnx for NVIDIA H100" in refusal(engines()[:-1])
+@pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: str(graph.file))
+def test_one_graph_without_an_engine_is_one_too_many(graph: GraphEntry) -> None:
+    others = [entry for entry in engines() if entry.source != graph.file]
+    assert f"from {graph.file} for NVIDIA H100" in refusal(others)
+
+
+def test_bundles_that_were_built_before_there_were_beliefs_need_no_engines_for_them() -> None:
+    older = without_beliefs(MANIFEST)
+    entries = [engine(graph) for graph in older.graphs_of("reduce")]
+    assert choose(entries, manifest=older) == entries
 
 
 def test_engines_of_graphs_in_another_form_do_not_count() -> None:
@@ -128,7 +136,9 @@ def tensors_of(graph: GraphEntry, lengths: tuple[int, int, int]) -> list[EngineT
     return [*inputs, *(EngineTensor(part.name, "output", part.dtype, part.shape) for part in graph.outputs)]
 
 
-@pytest.mark.parametrize("graph", [*GRAPHS, *CHUNK_GRAPHS], ids=lambda graph: f"{graph.role} of {graph.tokens.shape}")
+@pytest.mark.parametrize(
+    "graph", [*GRAPHS, *CHUNK_GRAPHS], ids=lambda graph: f"{graph.role} of {graph.inputs[0].shape}"
+)
 def test_an_engine_has_the_tensors_of_its_graph_and_the_profile_that_is_stated(graph: GraphEntry) -> None:
     entry = engine(graph, profile=(1, 2, 64))
     # A decoder of chunk tokens takes any number of them, and is tuned for all.

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rfsq.runtime import InvalidInputError, UnbuiltPrefixError
-from rfsq.runtime.bundle.belief_validation import BeliefValidator
+from rfsq.runtime.bundle.belief_validation import BeliefValidator, check_probabilities
 from rfsq.runtime.bundle.models import ChunkModel, ModelEntry, StepModel
 from tests.bundles import Recipe, deploy, model_entry
 from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
@@ -62,6 +64,39 @@ def test_steps_that_are_no_distributions_are_refused(value: Any, message: str) -
 )
 def test_logits_that_mean_nothing_are_refused(place: tuple[int, ...], value: float, message: str) -> None:
     refuse(STEPS, changed(np.zeros((1, 2, 4, 2, 5), np.float32), place, value), message, is_logits=True)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([7, 64, 1024]),
+    st.floats(-3, 2).map(lambda power: 10**power),
+    st.sampled_from([torch.bfloat16, torch.float16]),
+    st.booleans(),
+)
+def test_what_softmax_gives_in_half_precision_is_a_distribution(
+    seed: int, words: int, scale: float, dtype: torch.dtype, are_logits_half: bool
+) -> None:
+    logits = scale * torch.randn(200, words, generator=torch.Generator().manual_seed(seed))
+    shares = logits.to(dtype).softmax(-1) if are_logits_half else logits.softmax(-1).to(dtype)
+    check_probabilities("probabilities", shares.float().numpy())
+
+
+def test_so_is_one_whose_parts_all_round_the_same_way() -> None:
+    """1/255 is 1.0039 times a power of 2, and its neighbours in bfloat16 are 1 and 1.0078 times that."""
+    worst = 0.0
+    for words in range(2, 2049):
+        shares = torch.full((1, words), 1 / words, dtype=torch.bfloat16).float().numpy()
+        worst = max(worst, abs(float(shares.sum()) - 1))
+        check_probabilities("probabilities", shares)
+    assert worst > 0.99 * 2**-8
+
+
+@pytest.mark.parametrize("words", [7, 64, 1024])
+def test_what_no_rounding_explains_is_none(words: int) -> None:
+    shares = torch.full((1, words), 1 / words, dtype=torch.bfloat16).float().numpy()
+    for factor in (1 - 2**-7, 1 + 2**-7):
+        with pytest.raises(InvalidInputError, match="expected a distribution, whose sum is 1 within"):
+            check_probabilities("probabilities", shares / shares.sum() * np.float32(factor))
 
 
 def test_the_largest_logits_are_taken() -> None:
@@ -136,7 +171,8 @@ def test_values_that_a_backend_checks_are_left_to_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "temperature", [0, -1.0, np.nan, np.inf, 1e-39, 1e60, "warm", None, [1.0, 2.0], [[1.0, 1.0, 1.0]], [1, 1, 0]]
+    "temperature",
+    [0, -1.0, np.nan, np.inf, 1e-39, 1e-31, 1e31, 1e60, 1e308, "warm", None, [1.0, 2.0], [[1.0, 1.0, 1.0]], [1, 1, 0]],
 )
 def test_temperatures_are_positive_finite_and_as_many_as_layers(temperature: Any) -> None:
     given = BeliefValidator(STEPS).given(uniform(1, 2, 4, 3, 5), is_logits=False)
@@ -151,6 +187,8 @@ def test_temperatures_are_positive_finite_and_as_many_as_layers(temperature: Any
         (b"2", r"is a builtins.bytes of type \|S1"),
         (["2", 1.0, 1.0], "is a builtins.list of type <U"),
         (True, "is a builtins.bool of type bool"),
+        ([True, 2.0, 2.0], "is a builtins.list of type bool"),
+        ((1.0, np.True_, 1.0), "is a builtins.tuple of type bool"),
         (1 + 0j, "is a builtins.complex of type complex128"),
         (10**400, "is a builtins.int of type object"),
         (np.datetime64("2020-01-01"), "is a numpy.datetime64 of type datetime64"),

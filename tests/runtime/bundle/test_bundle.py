@@ -21,6 +21,7 @@ from rfsq.runtime.bundle import reading
 from rfsq.runtime.bundle.errors import TokenizerError
 from rfsq.runtime.bundle.folder import check_manifest, open_bundle, unlisted_files
 from rfsq.runtime.bundle.manifest import (
+    DECODING_NAME,
     MANIFEST_NAME,
     FileEntry,
     Manifest,
@@ -48,6 +49,7 @@ FILES = (
     "belief_l2.onnx",
     "decoder.onnx",
     "decoder_l2.onnx",
+    DECODING_NAME,
     "encoder.onnx",
     "engines/tensorrt-rtx-1.6.1.120-sm89/decoder.engine",
     "gemm_marked/decoder.onnx",
@@ -55,6 +57,8 @@ FILES = (
     "gemm_marked/encoder.onnx",
     "golden.npz",
     MANIFEST_NAME,
+    "reduce/belief.onnx",
+    "reduce/belief_l2.onnx",
     "reduce/decoder.onnx",
     "reduce/decoder_l2.onnx",
     "reduce/encoder.onnx",
@@ -421,6 +425,20 @@ def test_graphs_of_beliefs_that_were_not_tested_are_refused_and_so_are_some_of_t
         check_manifest(replace(manifest, graphs=fewer), is_proven=True)
 
 
+def test_graphs_of_beliefs_may_be_for_the_processor_alone() -> None:
+    """As they were at first. What runs on a GPU has passed no gates of beliefs then."""
+    manifest = marking_engine("tensorrt-rtx")
+    older = tuple(entry for entry in manifest.graphs if (entry.role, entry.form) != ("belief", "reduce"))
+    untested = replace(
+        manifest,
+        parity=tuple(entry for entry in manifest.parity if (entry.device, entry.gate[:7]) != ("H100", "beliefs")),
+    )
+    check_manifest(replace(untested, graphs=older), is_proven=True)
+    check_manifest(manifest, is_proven=True)
+    with pytest.raises(BundleError, match="tensorrt-rtx on H100 lacks the gates beliefs: action error"):
+        check_manifest(untested, is_proven=True)
+
+
 def test_an_engine_whose_refusal_was_not_tested_is_refused() -> None:
     check_manifest(c_engine(), is_proven=True)
     with pytest.raises(BundleError, match=r"c on x86-64 lacks the gates encode: illegal values accepted, decode 2 lay"):
@@ -610,9 +628,9 @@ def test_a_file_of_terabytes_is_refused_unread(altered: Path) -> None:
     [
         ([2**29 + 1], f"the largest of {2**29 + 1}; expected at most 1000, {2**30} and {2**29}"),
         ([2**43], f"the largest of {2**43}"),
-        ([2**29, 2**29], rf"lists 15 files of 1\d+ bytes, the largest of {2**29};"),
-        ([-1], "lists 14 files"),
-        ([1] * 1000, "lists 1013 files"),
+        ([2**29, 2**29], rf"lists 18 files of 1\d+ bytes, the largest of {2**29};"),
+        ([-1], "lists 17 files"),
+        ([1] * 1000, "lists 1016 files"),
     ],
 )
 def test_no_more_is_read_than_a_machine_can_hold(sizes: list[int], message: str, altered: Path) -> None:

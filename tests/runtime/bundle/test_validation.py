@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from rfsq.rfsq_ref.quantizer import Conditioning, ResidualQuantizer
 from rfsq.runtime import ActionTokenizer, InvalidInputError, UnbuiltPrefixError
-from rfsq.runtime.bundle.validation import InputValidator, is_gpu_array
+from rfsq.runtime.bundle.validation import InputValidator, is_gpu_array, real_numbers
 from tests.bundles import Recipe, random_actions
 from tests.runtime.backends.gpu.fake_gpu import gpu
 
@@ -477,3 +477,62 @@ def test_whatever_the_numbers_actions_encode_or_are_refused(tokenizer: ActionTok
         assert legal
         assert tokens.shape == (len(actions), 2, 4, 3)
         assert ((tokens >= 0) & (tokens < 5)).all()
+
+
+# --- numbers that are no arrays ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        2, 2.0, np.float16(2), np.int64(2), np.array(2.0), [1, 2.0], (1, 2.0), range(1, 3), np.array([1, 2], np.uint8),
+        torch.tensor([1.0, 2.0]), [np.float32(1), np.array(2.0)], [[1, 2], [3, 4]], [],
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_numbers_are_taken_in_every_form(value: Any) -> None:
+    found = real_numbers("it", value, "numbers")
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, np.asarray(value))
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (True, " of type bool"),
+        ([True, 2.0], " of type bool"),
+        ([2.0, np.True_], " of type bool"),
+        ((1.0, np.array(False)), " of type bool"),
+        (np.array([True, False]), " of type bool"),
+        (torch.tensor([True]), " of type bool"),
+        ("2", " of type <U1"),
+        (["2", 1.0], " of type <U"),
+        (1j, " of type complex128"),
+        (None, " of type object"),
+        ({"a": 1.0}, " of type object"),
+        ({1.0}, " of type object"),
+        (iter([1.0]), " of type object"),
+        (10**400, " of type object"),
+        (np.ma.masked_array([1.0], [1]), " of type float64"),
+        ([[1.0], [1.0, 2.0]], ""),
+        (torch.nn.Parameter(torch.ones(3)), ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_are_no_numbers_is_refused_by_its_type(value: Any, read: str) -> None:
+    with pytest.raises(InvalidInputError, match=rf"^it is a [\w.]+{re.escape(read)}.*; expected numbers$"):
+        real_numbers("it", value, "numbers")
+
+
+def test_what_a_signal_s_handler_raises_is_no_fault_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AlarmError(Exception):
+        """Of a handler."""
+
+    def raise_alarm(*_: object) -> None:
+        raise AlarmError
+
+    for name in ("array", "asarray"):
+        monkeypatch.setattr(np, name, raise_alarm)
+    for value in (1.0, [1.0, 2.0], (1.0,)):
+        with pytest.raises(AlarmError):
+            real_numbers("it", value, "numbers")

@@ -1125,7 +1125,8 @@ def test_the_parts_of_the_adapter_alone_import_torch_and_nothing_here_imports_th
             for importer in importers:
                 if any(f"{name}.".startswith(f"{importer}.") for name in names):
                     importers[importer].add(file.name)
-    adapter = {"adapter.py", "adapter_calls.py", "chunk_adapter.py", "module.py"}
+    adapter = {"adapter.py", "adapter_calls.py", "chunk_adapter.py", "module.py", "tensors.py"}
+    adapter |= {"belief_tensors.py", "chunk_beliefs.py", "step_beliefs.py", "tensor_beliefs.py"}
     assert importers == {"torch": adapter, "policy.adapter": {"torch_adapter.py"}}
 
 

@@ -10,14 +10,14 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint
+from rfsq.runtime.bundle.modes import StepMode
 
 _SCHEME, _CHUNK_SCHEME = "rfsq-fingerprint-1", "rfsq-chunk-fingerprint-1"
 
 
-def fingerprint(checkpoint: Checkpoint, mode: DeployMode) -> str:
+def fingerprint(checkpoint: Checkpoint, mode: StepMode) -> str:
     """SHA-256 over grid, sizes, mode, weights, fitted constants and normaliser, as 64 hexadecimal digits.
 
     Chunk length and precision do not count: they change neither what a token means nor how it is decoded. Nor do the
@@ -25,15 +25,15 @@ def fingerprint(checkpoint: Checkpoint, mode: DeployMode) -> str:
     fitted anew.
     """
     tensors: dict[str, Tensor] = dict(checkpoint.weights)
-    if mode is DeployMode.CALIBRATED:
+    if mode == "calibrated":
         fitted = checkpoint.tensors().items()
         tensors |= {name: tensor for name, tensor in fitted if name.startswith(("calibrated.", "readout."))}
-    if mode is DeployMode.RECOVERED:
+    if mode == "recovered":
         full_depth = checkpoint.recovered[checkpoint.config.num_layers]
         tensors |= {"recovered.matrix": full_depth.matrix, "recovered.offset": full_depth.offset}
     header = {
         "scheme": _SCHEME,
-        "mode": mode.value,
+        "mode": mode,
         "config": asdict(checkpoint.config),
         "normaliser": checkpoint.normaliser.to_json() if checkpoint.normaliser else None,
         "tensors": _described(tensors),

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq.export.fingerprint import fingerprint
 from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.autoencoder import ModelConfig, Readout, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of, load_checkpoint, save_checkpoint
+from rfsq.rfsq_ref.fingerprint import fingerprint
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.settings import NormaliserKind
