@@ -53,6 +53,11 @@ _BUNDLE = (
 _REFERENCE = tuple(
     f"tests/rfsq_ref/test_{name}.py" for name in ("quantizer", "rounding", "rounding_numbers", "autoencoder")
 )
+_BELIEFS = (
+    "tests/runtime/test_*beliefs.py",
+    "tests/runtime/bundle/test_belief_validation.py",
+    "tests/runtime/bundle/test_probabilities.py",
+)
 #: Patterns of the tests that a module answers to.
 TESTS: dict[str, tuple[str, ...]] = {
     "runtime/control/guard.py": (_CONTROL,),
@@ -71,6 +76,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "export/parity.py": ("tests/export/test_parity*.py",),
     "rfsq_ref/quantizer.py": _REFERENCE,
     "rfsq_ref/rounding.py": _REFERENCE,
+    "rfsq_ref/beliefs.py": ("tests/rfsq_ref/test_beliefs.py",),
+    "runtime/bundle/probabilities.py": _BELIEFS,
+    "runtime/bundle/belief_validation.py": _BELIEFS,
+    "runtime/beliefs.py": _BELIEFS,
 }
 
 
