@@ -48,33 +48,39 @@ static inline lanes smallest_of(const lanes *levels)
     return smallest;
 }
 
-/* Logits [GROUP][K] -> e^(sharpness (logit - largest)) [K][GROUP]. Of what is illegal, some are not a number. */
+/* The first level that is the largest, as a float. */
+static inline lanes likeliest_of(const lanes *levels)
+{
+    const lanes largest = largest_of(levels);
+    lanes level = FILLED(0);
+    for (int k = K - 1; k >= 0; --k)
+        level = WHERE_AT_MOST(largest, levels[k], FILLED((float)k), level);
+    return level;
+}
+
+/*
+ * Logits [GROUP][K] -> e^(sharpness (logit - largest)) [K][GROUP], and the likeliest levels [GROUP] unless NULL: of the
+ * logits, since exponentials of near ones are the same. Of what is illegal, some are not a number.
+ */
 static inline void exponentials(const float *restrict scale, const float *restrict given,
-                                float (*restrict levels)[GROUP])
+                                float (*restrict levels)[GROUP], float *restrict likeliest)
 {
     for (int i = 0; i < GROUP; i += AT_ONCE) {
         lanes logits[K];
         load_levels(given + i * K, logits);
         const lanes largest = largest_of(logits), sharpness = LOAD(scale + i);
+        if (likeliest != NULL)
+            STORE(likeliest + i, likeliest_of(logits));
         for (int k = 0; k < K; ++k)
             STORE(levels[k] + i, (logits[k] - largest) * sharpness);
     }
     powers(K * GROUP, levels[0]);
 }
 
-/* Coarse tokens [GROUP] become their likeliest level for certain, the first of those as likely. */
-static inline void keep_mode(const float *restrict is_fine, const float *restrict given, float *restrict means,
+/* Tokens of the mode [GROUP] become their likeliest level for certain. */
+static inline void keep_mode(const float *restrict is_fine, const float *restrict likeliest, float *restrict means,
                              float *restrict variances)
 {
-    _Alignas(64) float likeliest[GROUP];
-    for (int i = 0; i < GROUP; i += AT_ONCE) {
-        lanes levels[K], level = FILLED(0);
-        load_levels(given + i * K, levels);
-        const lanes largest = largest_of(levels);
-        for (int k = K - 1; k >= 0; --k)
-            level = WHERE_AT_MOST(largest, levels[k], FILLED((float)k), level);
-        STORE(likeliest + i, level);
-    }
     /* Less itself, what is not a number stays so. */
     for (int i = 0; i < GROUP; ++i)
         means[i] = is_fine[i] > 0 ? means[i] : likeliest[i] + (means[i] - means[i]);
@@ -102,9 +108,9 @@ static inline void group_moments(const struct belief *belief, int layer, const f
 {
     const float *const is_fine = belief->is_fine + layer;
     const int is_logits = belief->is_logits;
-    _Alignas(64) float levels[K][GROUP];
+    _Alignas(64) float levels[K][GROUP], likeliest[GROUP];
     if (is_logits)
-        exponentials(belief->scale + layer, given, levels);
+        exponentials(belief->scale + layer, given, levels, belief->keeps_mode ? likeliest : NULL);
     for (int i = 0; i < GROUP; i += AT_ONCE) {
         lanes p[K], above[K - 1], means_above[K - 1];
         if (is_logits)
@@ -119,6 +125,8 @@ static inline void group_moments(const struct belief *belief, int layer, const f
         }
         const lanes sum = above[0] + p[0], inverse = 1 / sum, mean = means_above[0] * inverse;
         STORE(means + i, is_logits ? mean : of_probabilities(p, sum, mean));
+        if (belief->keeps_mode && !is_logits)
+            STORE(likeliest + i, likeliest_of(p));
         if (variances != NULL) {
             lanes below = p[0], variance = FILLED(0);
             for (int k = 0; k < K - 2; ++k) {
@@ -134,7 +142,7 @@ static inline void group_moments(const struct belief *belief, int layer, const f
         }
     }
     if (belief->keeps_mode)
-        keep_mode(is_fine, given, means, variances);
+        keep_mode(is_fine, likeliest, means, variances);
 }
 
 /* The same of so many tokens, the first of them of layer 0. */

@@ -34,7 +34,7 @@ STEP_FAULTS = [
     ("SMALLER(smallest_of(p), SMALLER(above, below))", "SMALLER(smallest_of(p), below)"),
     ("illegal |= latents[i] != latents[i];", "illegal |= 0;"),
     ("likeliest[i] + (means[i] - means[i])", "likeliest[i]"),
-    ("for (int k = K - 1; k >= 0; --k)\n            level = ", "for (int k = 0; k < K; ++k)\n            level = "),
+    ("for (int k = K - 1; k >= 0; --k)\n        level = ", "for (int k = 0; k < K; ++k)\n        level = "),
     ("variances[i] *= is_fine[i];", "variances[i] *= 1;"),
     ("belief.is_fine[layer] = layer >= coarse;", "belief.is_fine[layer] = layer > coarse;"),
     ("slopes[i] = f + values[i]", "slopes[i] = f - values[i]"),
