@@ -19,6 +19,7 @@ from rfsq.runtime.backends import graph_beliefs
 from rfsq.runtime.backends.beliefs import BeliefAnswer, BeliefQuestion
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle import backend_specs
+from rfsq.runtime.bundle.belief_validation import BeliefValidator
 from rfsq.runtime.bundle.beliefs import Belief, BeliefMode
 from rfsq.runtime.bundle.comparison import action_errors, std_error
 from rfsq.runtime.bundle.errors import IllegalValueError
@@ -301,6 +302,16 @@ def test_a_sample_of_classes_and_bits_is_the_tokens_that_were_drawn(chunks: Case
     assert not drawn.std.any()
 
 
+def test_a_class_and_its_bits_are_drawn_independently(chunks: Case) -> None:
+    classes, bits = chunks.pair(9, 1)
+    classes[...], bits[...] = -np.inf, 1e30
+    classes[:, :2], bits[:, 0] = 0, 0
+    pair = np.repeat(classes, 100, axis=0), np.repeat(bits, 100, axis=0)
+    belief = chunks.tokenizer.decode_logits(pair, mode="sample", seed=5)
+    # Two classes, each with both values of the one bit that is unsure.
+    assert len({(int(mode), actions.tobytes()) for mode, actions in zip(belief.mode, belief.actions, strict=True)}) == 4
+
+
 def test_a_sample_s_deviation_is_that_within_its_mode(steps: Case) -> None:
     logits = steps.logits(3)
     belief = steps.tokenizer.decode_logits(logits, mode="sample", seed=0)
@@ -526,3 +537,23 @@ def test_layers_that_were_not_built_are_refused(steps: Case) -> None:
 def test_modes_and_seeds_that_make_no_sense_are_refused(steps: Case, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         steps.tokenizer.decode_logits(steps.logits(3), **options)
+
+
+def test_arrays_that_come_again_are_not_validated_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a control loop saves; others are, and the same in another way. Where the backend checks no values, all are."""
+    validated: list[object] = []
+    given = BeliefValidator.given
+
+    def noting(self: BeliefValidator, value: object, **how: Any) -> Any:
+        validated.append(value)
+        return given(self, value, **how)
+
+    monkeypatch.setattr(BeliefValidator, "given", noting)
+    logits = case.logits(case.tokenizer.prefixes[-1], 1)
+    other, out = logits.copy(), np.empty(case.tokenizer.model.actions_shape(1), np.float32)
+    for array in (logits, logits, other, other, other):
+        case.tokenizer.decode_logits_into(array, out)
+    case.tokenizer.decode_logits_into(other, out, mode="likeliest mode")
+    every = [logits, logits, other, other, other, other]
+    expected = [logits, other, other] if case.tokenizer.backend.checked_steps else every
+    assert list(map(id, validated)) == list(map(id, expected))
