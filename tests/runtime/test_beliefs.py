@@ -540,7 +540,7 @@ def test_modes_and_seeds_that_make_no_sense_are_refused(steps: Case, options: di
 
 
 def test_arrays_that_come_again_are_not_validated_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a control loop saves; others are, and the same in another way. Where the backend checks no values, all are."""
+    """What a control loop saves. Others are, and the same in another way; and all where a backend checks no values."""
     validated: list[object] = []
     given = BeliefValidator.given
 
