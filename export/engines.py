@@ -238,9 +238,9 @@ class Profile:
             )
 
 
-#: Of engines that decode probabilities. Numpy makes these, some tens of chunks at a time (`graph_beliefs.py`), and
-#: chunk tokens of thousands would take gigabytes.
-_BELIEF_PROFILE = Profile(1, 1, 128)
+#: Of engines that decode probabilities. Numpy makes these, some tens of chunks at a time (`graph_beliefs.py`), and a
+#: chunk of chunk tokens takes 1.3 MB of the GPU.
+_BELIEF_PROFILE = Profile(1, 1, 32)
 
 
 def profile_of(graph: GraphEntry, wanted: Profile) -> Profile:

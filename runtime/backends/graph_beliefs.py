@@ -26,7 +26,7 @@ class RunsGraph(Protocol):
 @dataclass(frozen=True, eq=False)
 class GraphInputs:
     """arrays: the graph's inputs, float32; mode_probability: float64 [B], of the likeliest mode int32 [B] or
-    [B, T, D, c]; tokens: the likeliest, int32; certain: bool [B], whether these are all that is possible."""
+    [B, T, D, c]; certain: bool [B], whether one chunk of tokens is all that is possible; tokens: int32, of those."""
 
     arrays: tuple[Float32Array, ...]
     mode_probability: Float64Array
@@ -52,7 +52,7 @@ class GraphBeliefs:
     def decode_into(self, question: BeliefQuestion, answer: BeliefAnswer) -> None:
         """See `DecodesBeliefs.decode_belief_into`."""
         batch, layers, actions = question.batch, num_tokens(question.given, self._model), answer.actions
-        tokens, certain = np.empty(self._model.tokens_shape(batch, layers), np.int32), np.empty(batch, np.bool_)
+        tokens, certain = np.zeros(self._model.tokens_shape(batch, layers), np.int32), np.empty(batch, np.bool_)
         # A graph has both outputs.
         std = np.empty_like(actions) if answer.std is None else answer.std
         graph, size = self._graphs[self._model.graph_of(layers)], slice_size(self._model, layers)
@@ -63,7 +63,8 @@ class GraphBeliefs:
             if not made.certain.all():
                 second = made.arrays[1] if len(made.arrays) == 2 else None
                 graph.run(made.arrays[0], second, actions[rows], std[rows])
-            tokens[rows], certain[rows] = made.tokens, made.certain
+            certain[rows] = made.certain
+            tokens[rows][made.certain] = made.tokens
             for output, found in ((answer.mode_probability, made.mode_probability), (answer.mode, made.mode)):
                 if output is not None:
                     output[rows] = found
@@ -78,16 +79,21 @@ def graph_inputs(model: ModelEntry, question: BeliefQuestion) -> GraphInputs:
     """What a belief graph takes of a question to a backend."""
     if isinstance(model, ChunkModel):
         return _of_chunks(model, question)
-    found = distributions(question.given[0], question.sharpness, is_logits=question.is_logits)
-    mode = step_mode(question)
-    coarse = found[..., : question.coarse, :]
-    mode_probability = coarse.max(axis=-1).min(axis=(1, 2, 3))
+    # Levels first, [K, B, T, D, l]: rows of a few levels take numpy several times as long as long ones.
+    levels = question.given[0].transpose(4, 0, 1, 2, 3)
+    found = distributions(levels, question.sharpness, is_logits=question.is_logits, axis=0)
+    largest = found.max(axis=0)
+    mode, mode_probability = step_mode(question), largest[..., : question.coarse].min(axis=(1, 2, 3))
     if question.keeps_mode:
-        coarse[...] = one_hot(mode, model.vocabulary)
-    # Before what is small is rounded to 0.
-    certain = (np.count_nonzero(found, axis=-1) == 1).all(axis=(1, 2, 3))
-    tokens = found.argmax(axis=-1).astype(np.int32)
-    return GraphInputs((found.astype(np.float32),), mode_probability, mode, tokens, certain)
+        found[..., : question.coarse] = one_hot(mode, model.vocabulary).transpose(4, 0, 1, 2, 3)
+        largest = largest[..., question.coarse :]
+    # Where the largest is 1, others may be small: they count before they are rounded to 0.
+    certain = (largest == 1).all(axis=(1, 2, 3))
+    if certain.any():
+        certain[certain] = (np.count_nonzero(found[:, certain], axis=0) == 1).all(axis=(1, 2, 3))
+    tokens = found[:, certain].argmax(axis=0).astype(np.int32)
+    probabilities = found.transpose(1, 2, 3, 4, 0).astype(np.float32, order="C")
+    return GraphInputs((probabilities,), mode_probability, mode, tokens, certain)
 
 
 def step_mode(question: BeliefQuestion) -> Int32Array:
@@ -99,17 +105,20 @@ def step_mode(question: BeliefQuestion) -> Int32Array:
 def _of_chunks(model: ChunkModel, question: BeliefQuestion) -> GraphInputs:
     """Columns of bits: of the first token given each class, of those behind, and what stays unknown (both sides 0)."""
     found = chunk_probabilities(question.given, question.sharpness, model, is_logits=question.is_logits)
-    likeliest = found.classes.argmax(axis=1).astype(np.int32)
+    likeliest, mode_probability = found.classes.argmax(axis=1).astype(np.int32), found.classes.max(axis=1)
     classes = one_hot(likeliest, model.num_classes) if question.keeps_mode else found.classes
     batch, cut = len(classes), model.num_classes * found.first.shape[3]
     bits = np.zeros((batch, 2, model.belief_columns), np.float32)
     bits[:, :, :cut] = found.first.swapaxes(1, 2).reshape(batch, 2, cut)
     bits[:, :, cut : cut + found.rest.shape[2]] = found.rest
-    zeros, ones = found.of_class(likeliest).swapaxes(0, 1)
-    # Before rounding, which takes a bit that is 1 for certain long before one that is 0.
-    certain = (np.count_nonzero(classes, axis=1) == 1) & ((zeros == 0) | (ones == 0)).all(axis=1)
-    tokens = tokens_of(likeliest, (ones > zeros).astype(np.int32), model)
-    return GraphInputs((classes.astype(np.float32), bits), found.classes.max(axis=1), likeliest, tokens, certain)
+    certain: BoolArray = np.count_nonzero(classes, axis=1) == 1
+    tokens = np.empty(model.tokens_shape(0, num_tokens(question.given, model)), np.int32)
+    if certain.any():
+        zeros, ones = found.of_class(likeliest).swapaxes(0, 1)
+        # Before rounding, which takes a bit that is 1 for certain long before one that is 0.
+        certain &= ((zeros == 0) | (ones == 0)).all(axis=1)
+        tokens = tokens_of(likeliest[certain], (ones > zeros)[certain].astype(np.int32), model)
+    return GraphInputs((classes.astype(np.float32), bits), mode_probability, likeliest, tokens, certain)
 
 
 def slice_size(model: ModelEntry, layers: int) -> int:

@@ -13,7 +13,7 @@ from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
 from .beliefs import BeliefAnswer, BeliefQuestion
 from .contract import EngineInUse, no_engine
 from .gpu.backend import GpuBackend, Runner
-from .gpu.driver import GpuDevice, open_device
+from .gpu.driver import DeviceMemory, GpuDevice, open_device
 from .graph_beliefs import GraphBeliefs
 from .tensorrt_api import EngineTensor, TrtApi, find_tensorrt, quote
 
@@ -133,19 +133,22 @@ class TrtFunction:
 
 
 class TrtProgram:
-    """An execution context. A captured graph uses its memory, so it lives as long as the graph."""
+    """An execution context, and memory for the largest batch that it was bound to. A captured graph uses both, so they
+    live as long as the graph."""
 
     def __init__(self, api: TrtApi, context: Any, graph: GraphEntry) -> None:
         self._api, self._context = api, context
         self._names = tuple(tensor.name for tensor in (*graph.inputs, *graph.outputs))
         self._inputs = graph.inputs
         self._bound: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self._memory: DeviceMemory | None = None
 
     def bind(self, shape: tuple[int, ...], addresses: Sequence[int]) -> None:
         wanted = (shape, tuple(addresses))
         if wanted == self._bound:
             return
-        context, self._bound = self._context, None
+        context, has_memory = self._context, self._bound is not None and self._bound[0] == shape
+        self._bound = None
         with self._api.collect_messages() as messages:
             is_bound = all(
                 context.set_input_shape(tensor.name, tensor.shape_of(shape[0], shape[-1])) for tensor in self._inputs
@@ -154,7 +157,20 @@ class TrtProgram:
             )
         if not is_bound:
             raise InferenceError(f"{self._api.tag} refuses an input of shape {list(shape)}: {quote(messages)}")
+        if not has_memory:
+            self._give_memory()
         self._bound = wanted
+
+    def _give_memory(self) -> None:
+        size = self._api.memory_size(self._context)
+        if not size:
+            return
+        if self._memory is None or self._memory.num_bytes < size:
+            if self._memory is not None:
+                # Waits for what is under way in it.
+                self._memory.close()
+            self._memory = DeviceMemory(size)
+        self._context.set_device_memory(self._memory.address, self._memory.num_bytes)
 
     def enqueue(self, stream: int) -> None:
         with self._api.collect_messages() as messages:
@@ -164,6 +180,8 @@ class TrtProgram:
 
     def close(self) -> None:
         self._context = None
+        if self._memory is not None:
+            self._memory.close()
 
 
 def _check_tensors(entry: EngineEntry, graph: GraphEntry, found: Sequence[EngineTensor]) -> None:

@@ -187,18 +187,48 @@ class TrtApi:
     def create_context(self, engine: Any, kernel_cache: Any | None) -> Any:
         """A new `IExecutionContext`; kernel_cache: of `create_kernel_cache` for this engine, or None.
 
-        Raises OutOfGpuMemoryError, or InferenceError with TensorRT's own words.
+        Before it runs it has to be given memory (`memory_size`). Raises OutOfGpuMemoryError, or InferenceError with
+        TensorRT's own words.
         """
+        without_memory = self._without_memory
         with self.collect_messages() as messages:
             config = self._runtime_config(engine)
-            if config is not None and kernel_cache is not None:
-                config.set_runtime_cache(kernel_cache)
-            context = engine.create_execution_context() if config is None else engine.create_execution_context(config)
+            if config is not None:
+                if kernel_cache is not None:
+                    config.set_runtime_cache(kernel_cache)
+                if without_memory is not None:
+                    config.set_execution_context_allocation_strategy(without_memory)
+                context = engine.create_execution_context(config)
+            elif without_memory is not None:
+                context = engine.create_execution_context(without_memory)
+            else:
+                context = engine.create_execution_context()
         if context is None:
             reason = quote(messages)
             kind = OutOfGpuMemoryError if re.search("out of memory", reason, re.IGNORECASE) else InferenceError
             raise kind(f"{self.tag} could not make an engine ready: {reason}")
         return context
+
+    @property
+    def _without_memory(self) -> Any | None:
+        """The strategy by which a context takes no memory; None where the library has none.
+
+        By default every context takes as much as the largest batch of its engine needs, whatever batch it is for.
+        """
+        strategies = getattr(self.module, "ExecutionContextAllocationStrategy", None)
+        can_be_given = hasattr(getattr(self.module, "IExecutionContext", None), "set_device_memory")
+        return getattr(strategies, "USER_MANAGED", None) if can_be_given else None
+
+    def memory_size(self, context: Any) -> int:
+        """Bytes of the GPU that a context of `create_context` has to be given, by `set_device_memory`, for the shapes
+        that are set; 0 where it needs none, or has taken its own. Raises InferenceError."""
+        if self._without_memory is None:
+            return 0
+        with self.collect_messages() as messages:
+            size = int(context.update_device_memory_size_for_shapes())
+        if reason := quote(messages):
+            raise InferenceError(f"{self.tag} could not say how much memory an engine needs: {reason}")
+        return size
 
     def create_kernel_cache(self, engine: Any, content: bytes) -> Any | None:
         """TensorRT-RTX compiles kernels when an engine first runs; with this cache, only the first time ever.

@@ -7,6 +7,7 @@ code bits [B, n]. Either way they are taken apart into classes and bits: given t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +29,25 @@ def num_tokens(given: Given, model: ModelEntry) -> int:
     return int(model.class_bits + given[1].shape[1]) // model.token_bits
 
 
-def softmax(logits: Float32Array, sharpness: npt.ArrayLike) -> Float64Array:
-    """Logits [..., l, K] to probabilities; sharpness: 1 / temperature [l], or one number. -inf has probability 0."""
-    powers = logits.astype(np.float64)
-    powers -= powers.max(axis=-1, keepdims=True)
-    powers *= np.asarray(sharpness, np.float64)[..., None]
+def softmax(logits: Float32Array, sharpness: npt.ArrayLike, axis: Literal[0, -1] = -1) -> Float64Array:
+    """Logits [..., l, K], or [K, ..., l] along axis 0, to probabilities; sharpness: 1 / temperature [l], or one number.
+
+    -inf has probability 0.
+    """
+    factors = np.asarray(sharpness, np.float64)
+    powers = logits.astype(np.float64, order="C")
+    powers -= powers.max(axis, keepdims=True)
+    powers *= factors if axis == 0 else factors[..., None]
     np.exp(powers, out=powers)
-    powers /= powers.sum(axis=-1, keepdims=True)
+    powers /= powers.sum(axis, keepdims=True)
     return powers
 
 
-def distributions(values: Float32Array, sharpness: npt.ArrayLike, *, is_logits: bool) -> Float64Array:
-    """Logits, or probabilities, which have a sharpness of 1, to probabilities float64 that sum to 1."""
-    return softmax(values, sharpness) if is_logits else normalised(values)
+def distributions(
+    values: Float32Array, sharpness: npt.ArrayLike, *, is_logits: bool, axis: Literal[0, -1] = -1
+) -> Float64Array:
+    """Logits, or probabilities, which have a sharpness of 1, to probabilities float64 that sum to 1 along this axis."""
+    return softmax(values, sharpness, axis) if is_logits else normalised(values, axis)
 
 
 def logits_of(given: Given) -> Given:
@@ -67,10 +74,10 @@ def bit_logits(zeros: npt.ArrayLike, ones: npt.ArrayLike) -> Float32Array:
     return found
 
 
-def normalised(probabilities: Float32Array) -> Float64Array:
-    """Distributions [..., K] over their sums."""
-    found = probabilities.astype(np.float64)
-    found /= found.sum(axis=-1, keepdims=True)
+def normalised(probabilities: Float32Array, axis: Literal[0, -1] = -1) -> Float64Array:
+    """Distributions [..., K], or [K, ...] along axis 0, over their sums."""
+    found = probabilities.astype(np.float64, order="C")
+    found /= found.sum(axis, keepdims=True)
     return found
 
 
@@ -123,15 +130,14 @@ def chunk_probabilities(
     if len(given) == 2:
         return _of_pair(given, sharpness, model, is_logits=is_logits)
     words = distributions(given[0], sharpness, is_logits=is_logits)
-    digits = _digits(model.token_bits)
     by_class = _by_class(words[:, 0], model)
     classes = by_class.sum(axis=2)
     # Of a class that cannot be nothing is known.
     share = np.full_like(by_class, 1 / by_class.shape[2])
     np.divide(by_class, classes[..., None], out=share, where=classes[..., None] > 0)
-    first = _zeros_and_ones(share, digits[: share.shape[2], model.class_bits :])
+    first = _zeros_and_ones(share)
     behind = words.shape[1] - 1
-    rest = _zeros_and_ones(words[:, 1:], digits).swapaxes(1, 2).reshape(len(words), 2, behind * model.token_bits)
+    rest = _zeros_and_ones(words[:, 1:]).swapaxes(1, 2).reshape(len(words), 2, behind * model.token_bits)
     return ChunkProbabilities(classes, first, rest)
 
 
@@ -176,11 +182,15 @@ def _by_class(words: Float64Array, model: ChunkModel) -> Float64Array:
     return np.concatenate((by_number[:, :escape], by_number[:, escape:].sum(axis=1, keepdims=True)), axis=1)
 
 
-def _digits(token_bits: int) -> Float64Array:
-    """The bits of every word, the highest first: [V, token_bits]."""
-    return (np.arange(1 << token_bits)[:, None] >> np.arange(token_bits - 1, -1, -1) & 1).astype(np.float64)
+def _zeros_and_ones(words: Float64Array) -> Float64Array:
+    """Of distributions [B, l, 2^n] over numbers that each of their bits is 0, and 1, the highest first: [B, l, 2, n].
 
-
-def _zeros_and_ones(words: Float64Array, digits: Float64Array) -> Float64Array:
-    """Of distributions [B, l, words] that each bit of the word is 0, and 1: [B, l, 2, bits]."""
-    return np.stack((words @ (1 - digits), words @ digits), axis=2)
+    By sums and not by a product of matrices, for which a library may start threads that a control loop waits for.
+    """
+    batch, length, count = words.shape
+    found = np.empty((batch, length, 2, count.bit_length() - 1))
+    for place in range(found.shape[3]):
+        halves = words.reshape(batch, length, 2, words.shape[2] // 2)
+        halves.sum(axis=3, out=found[..., place])
+        words = halves[:, :, 0] + halves[:, :, 1]
+    return found

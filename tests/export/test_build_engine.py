@@ -669,7 +669,7 @@ def check_engines(manifest: Manifest, folder: Path, profile: tuple[int, int, int
         assert (engine.precision, engine.device, engine.kernel_cache) == ("not measured", "", "")
         assert re.fullmatch(r"inspected \((engine|network|none)\), not run", engine.detail)
         # Beliefs come from numpy in slices.
-        assert engine.profile == ((1, 1, 128) if graph.role == "belief" else profile)
+        assert engine.profile == ((1, 1, 32) if graph.role == "belief" else profile)
         assert engine.source_sha256 == manifest.files[engine.source].sha256
         stem = engine.source.removeprefix("reduce/").removesuffix(".onnx")
         expected = f"engines/{engine.backend}-{engine.version}-{target}/{stem}-{engine.source_sha256[:12]}.engine"

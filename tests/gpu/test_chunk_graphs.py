@@ -32,13 +32,15 @@ class Engine:
         given.array[...] = values
         copy_to_device(memories[0].address, given.address, given.num_bytes, stream.handle)
         assert self._context.set_input_shape(self._input, values.shape)
+        scratch = DeviceMemory(self._api.memory_size(self._context))
+        self._context.set_device_memory(scratch.address, scratch.num_bytes)
         for name, memory in zip((self._input, self._output), memories, strict=True):
             assert self._context.set_tensor_address(name, memory.address)
         assert self._context.execute_async_v3(stream.handle)
         copy_to_host(found.address, memories[1].address, found.num_bytes, stream.handle)
         stream.synchronize()
         copied = found.array.copy()
-        for resource in (given, found, *memories, stream):
+        for resource in (given, found, scratch, *memories, stream):
             resource.close()
         return copied
 

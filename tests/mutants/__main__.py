@@ -54,7 +54,7 @@ _REFERENCE = tuple(
     f"tests/rfsq_ref/test_{name}.py" for name in ("quantizer", "rounding", "rounding_numbers", "autoencoder")
 )
 _BELIEFS = (
-    "tests/runtime/test_*beliefs.py",
+    "tests/runtime/test_beliefs.py",
     "tests/runtime/bundle/test_belief_validation.py",
     "tests/runtime/bundle/test_probabilities.py",
 )
@@ -79,7 +79,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rfsq_ref/beliefs.py": ("tests/rfsq_ref/test_beliefs.py",),
     "runtime/bundle/probabilities.py": _BELIEFS,
     "runtime/bundle/belief_validation.py": _BELIEFS,
-    "runtime/beliefs.py": _BELIEFS,
 }
 
 

@@ -254,6 +254,14 @@ def test_a_temperature_divides_logits_and_flattens_probabilities(case: Case) -> 
         np.testing.assert_allclose(of_shares.actions, expected.actions.numpy(), atol=1e-5)
 
 
+def test_one_layer_alone_may_have_a_temperature(case: Case) -> None:
+    prefix = case.tokenizer.prefixes[-1]
+    logits, each = case.logits(prefix), np.ones(prefix, np.float32)
+    each[-1] = 3
+    found = case.tokenizer.decode_probabilities(softmax(logits), temperature=each)
+    case.assert_is(found, case.expected(logits / each[:, None], "expected"))
+
+
 def test_class_and_bits_have_temperatures_of_their_own(chunks: Case) -> None:
     classes, bits = chunks.pair(3)
     each = np.linspace(0.5, 3, 1 + bits.shape[1]).astype(np.float32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,11 @@ _DEVICE_TO_HOST = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
 #: Nobody else knows a stream that is captured, so nothing else has to hold still: no thread, no signal handler, and not
 #: the garbage collector, which may free memory at any moment.
 _CAPTURE_MODE = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+_INVALIDATED = cudart.cudaError_t.cudaErrorStreamCaptureInvalidated
+#: So often a capture is tried: whoever waits for the whole GPU meanwhile, as `torch.cuda.synchronize` does, spoils one.
+_CAPTURES = 20
+#: Captures, and what spoils them. A signal handler may come to it again.
+_ONE_AT_A_TIME = threading.RLock()
 _NOT_CAPTURING = cudart.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone
 _OUT_OF_MEMORY = cudart.cudaError_t.cudaErrorMemoryAllocation
 #: What cudaPointerGetAttributes calls memory that kernels can read at the speed of the GPU.
@@ -167,7 +173,9 @@ def synchronize_stream(stream: int) -> None:
 
 def synchronize_device() -> None:
     """Wait for everything that was put on any stream."""
-    call(cudart.cudaDeviceSynchronize)
+    # While another thread captures, it would fail, and that capture with it.
+    with _ONE_AT_A_TIME:
+        call(cudart.cudaDeviceSynchronize)
 
 
 def free_memory() -> int:
@@ -260,21 +268,48 @@ class CapturedGraph:
             cudart.cudaGraphExecDestroy(self._executable)
 
 
+class _CaptureSpoiltError(InferenceError):
+    """By a call of another thread."""
+
+
 def capture(stream: Stream, work: Callable[[], None]) -> CapturedGraph:
     """Record what `work` puts on `stream`, without running it. Whatever it uses has to outlive the graph."""
-    call(cudart.cudaStreamBeginCapture, stream.handle, _CAPTURE_MODE)
-    try:
-        work()
-    except BaseException:
-        # The capture has to end, whatever became of it.
-        cudart.cudaStreamEndCapture(stream.handle)
-        cudart.cudaGetLastError()
-        raise
-    graph = call(cudart.cudaStreamEndCapture, stream.handle)
+    for left in reversed(range(_CAPTURES)):
+        try:
+            graph = _recorded(stream, work)
+            break
+        except _CaptureSpoiltError:
+            if not left:
+                raise
     try:
         return CapturedGraph(call(cudart.cudaGraphInstantiate, graph, 0))
     finally:
         cudart.cudaGraphDestroy(graph)
+
+
+def _recorded(stream: Stream, work: Callable[[], None]) -> Any:
+    failure: Exception | None = None
+    with _ONE_AT_A_TIME:
+        call(cudart.cudaStreamBeginCapture, stream.handle, _CAPTURE_MODE)
+        try:
+            work()
+        except Exception as error:  # whatever it is: where the capture was spoilt, that is why
+            failure = error
+        finally:
+            # The capture has to end, whatever became of it.
+            status, graph = cudart.cudaStreamEndCapture(stream.handle)
+    if status or failure:
+        cudart.cudaGetLastError()
+    if status == _INVALIDATED:
+        raise _CaptureSpoiltError(
+            f"CUDA failed {_CAPTURES} times to capture a graph: other threads wait for the whole GPU again and again; "
+            "let them wait for a stream"
+        ) from failure
+    if failure:
+        raise failure
+    if status:
+        fail(status)
+    return graph
 
 
 def is_on_device(address: int) -> bool:

@@ -1,22 +1,33 @@
-"""Which of a bundle's engines this library and this GPU can run: decided by the manifest alone, without either."""
+"""Which of a bundle's engines this library and this GPU can run: decided by the manifest alone, without either. Then
+what is done around engines, which fakes take the place of."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from rfsq.runtime import BackendUnavailableError, BundleError
+from rfsq.runtime.backends.belief_replay import plain_question
+from rfsq.runtime.backends.beliefs import BeliefAnswer, decodes_beliefs
+from rfsq.runtime.backends.graph_beliefs import graph_inputs
 from rfsq.runtime.bundle.folder import Bundle
 from rfsq.runtime.bundle.manifest import EngineEntry, GraphEntry, Manifest, TensorEntry
+from rfsq.runtime.bundle.probabilities import one_hot
 from tests.bundles import Recipe, deploy, make_manifest, without_beliefs
 from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
 
+from rfsq.runtime.backends import tensorrt
+from rfsq.runtime.backends.gpu import backend as gpu_backend
 from rfsq.runtime.backends.gpu.driver import GpuDevice
-from rfsq.runtime.backends.tensorrt import _check_tensors, choose_engines
+from rfsq.runtime.backends.tensorrt import TrtBackend, TrtProgram, _check_tensors, choose_engines
 from rfsq.runtime.backends.tensorrt_api import EngineTensor, ProfileShapes
+from tests.runtime.backends.gpu.fake_gpu import FakeCuda, FakeFunction, answer
 
 MANIFEST = make_manifest(deploy(Recipe()))
 GRAPHS = MANIFEST.every_graph_of("reduce")
@@ -157,3 +168,115 @@ def test_an_engine_for_fewer_numbers_of_chunk_tokens_is_refused(lengths: tuple[i
     graph = CHUNK_GRAPHS[1]
     with pytest.raises(BundleError, match="build the engines again"):
         _check_tensors(engine(graph, profile=(1, 2, 64)), graph, tensors_of(graph, lengths))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class FakeContext:
+    """Takes every shape and address, and tells what memory it was given."""
+
+    def __init__(self) -> None:
+        self.memory, self.batch = (0, 0), 0
+
+    def set_input_shape(self, _name: str, shape: tuple[int, ...]) -> bool:
+        self.batch = shape[0]
+        return True
+
+    def set_tensor_address(self, _name: str, _address: int) -> bool:
+        return True
+
+    def set_device_memory(self, address: int, num_bytes: int) -> None:
+        self.memory = address, num_bytes
+
+
+def test_a_program_has_memory_for_the_largest_batch_it_was_bound_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda().install(monkeypatch, gpu_backend)
+    monkeypatch.setattr(tensorrt, "DeviceMemory", gpu_backend.DeviceMemory)
+    api = SimpleNamespace(
+        collect_messages=lambda: contextlib.nullcontext([]), memory_size=lambda context: 1000 * context.batch
+    )
+    context, encoder = FakeContext(), GRAPHS[0]
+    program = TrtProgram(api, context, encoder)  # type: ignore[arg-type]
+    for batch, expected in ((2, 2000), (5, 5000), (1, 5000)):
+        program.bind(encoder.inputs[0].shape_of(batch, 1), range(len((*encoder.inputs, *encoder.outputs))))
+        address, num_bytes = context.memory
+        assert num_bytes == expected
+        assert list(cuda.live) == [address]
+    program.close()
+    assert not cuda.live
+
+
+def test_a_program_whose_context_needs_no_memory_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(tensorrt, "DeviceMemory")
+    api = SimpleNamespace(collect_messages=lambda: contextlib.nullcontext([]), memory_size=lambda _context: 0)
+    context, encoder = FakeContext(), GRAPHS[0]
+    program = TrtProgram(api, context, encoder)  # type: ignore[arg-type]
+    program.bind(encoder.inputs[0].shape_of(2, 1), range(len((*encoder.inputs, *encoder.outputs))))
+    program.close()
+    assert context.memory == (0, 0)
+
+
+# --- beliefs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def functions(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeFunction]:
+    """Of a TensorRT whose engines are fakes, by the file of their graph, as they are made."""
+    cuda, made = FakeCuda().install(monkeypatch, gpu_backend), dict[str, FakeFunction]()
+
+    def function(_api: object, _runtime: object, _bundle: Bundle, graph: GraphEntry, entry: EngineEntry) -> Any:
+        made[graph.file] = FakeFunction(cuda, graph, entry.profile[2])
+        return made[graph.file]
+
+    api = SimpleNamespace(**vars(API), create_runtime=lambda: None)
+    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda _backend: api)
+    monkeypatch.setattr(tensorrt, "open_device", lambda: H100)
+    monkeypatch.setattr(tensorrt, "TrtFunction", function)
+    return made
+
+
+def opened(manifest: Manifest = MANIFEST) -> TrtBackend:
+    entries = tuple(engine(graph, profile=(1, 1, 4)) for graph in manifest.every_graph_of("reduce"))
+    return TrtBackend(Bundle(Path("some/bundle"), replace(manifest, engines=entries), {}), "tensorrt-rtx")
+
+
+@pytest.mark.parametrize("count", [1, 4, 11])
+def test_beliefs_go_through_their_own_engine_in_parts(functions: dict[str, FakeFunction], count: int) -> None:
+    backend, model, prefix = opened(), MANIFEST.model, MANIFEST.model.depth
+    logits = np.random.default_rng(0).normal(size=(*model.tokens_shape(count, prefix), model.vocabulary))
+    question = plain_question((logits.astype(np.float32),), model, is_logits=True, keeps_mode=False)
+    actions, std = (np.empty(model.actions_shape(count), np.float32) for _ in range(2))
+    probability = np.empty(count, np.float32)
+    backend.decode_belief_into(question, BeliefAnswer(actions, std, probability))
+    (graph,) = (found for found in GRAPHS if found.role == "belief" and found.prefix == prefix)
+    inputs = graph_inputs(model, question)
+    for found, tensor in zip((actions, std), graph.outputs, strict=True):
+        np.testing.assert_allclose(found, answer(inputs.arrays, tensor), rtol=1e-6)
+    np.testing.assert_allclose(probability, inputs.mode_probability, rtol=1e-6)
+    # No other was made ready: a robot that decodes tokens alone pays for no beliefs.
+    assert {file for file, made in functions.items() if made.programs} == {graph.file}
+    assert {batch for program in functions[graph.file].programs for batch in program.batches} == {min(count, 4)}
+    backend.close()
+    assert all(made.is_closed for made in functions.values())
+
+
+@pytest.mark.usefixtures("functions")
+def test_beliefs_that_are_certain_go_through_the_decoder() -> None:
+    backend, model, prefix = opened(), MANIFEST.model, MANIFEST.model.depth
+    tokens = np.random.default_rng(0).integers(model.vocabulary, size=model.tokens_shape(3, prefix), dtype=np.int32)
+    actions, std, decoded = (np.full(model.actions_shape(3), np.nan, np.float32) for _ in range(3))
+    question = plain_question((one_hot(tokens, model.vocabulary),), model, is_logits=False, keeps_mode=False)
+    backend.decode_belief_into(question, BeliefAnswer(actions, std))
+    backend.decode_into(tokens, None, decoded)
+    np.testing.assert_array_equal(actions, decoded)
+    assert not std.any()
+    backend.close()
+
+
+@pytest.mark.usefixtures("functions")
+def test_a_bundle_without_beliefs_decodes_none() -> None:
+    with contextlib.closing(opened()) as backend:
+        assert decodes_beliefs(backend)
+    with contextlib.closing(opened(without_beliefs(MANIFEST))) as backend:
+        assert not decodes_beliefs(backend)

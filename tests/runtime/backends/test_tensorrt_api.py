@@ -23,7 +23,7 @@ from rfsq.runtime.backends.tensorrt_api import (
     find_tensorrt,
 )
 from rfsq.runtime.bundle.backend_specs import BACKENDS
-from rfsq.runtime.bundle.errors import BackendUnavailableError, BundleError
+from rfsq.runtime.bundle.errors import BackendUnavailableError, BundleError, InferenceError
 
 ROOT = Path(__file__).parents[3]
 
@@ -343,3 +343,83 @@ class TestRealTensorRtRtx:
     def test_bytes_that_are_no_engine_are_refused_in_its_own_words(self, rtx):
         with pytest.raises(EngineRefusedError, match="magicTag"):
             tensors_of(rtx, b"no engine at all" * 100)
+
+
+class Strategy(IntEnum):
+    STATIC = 0
+    USER_MANAGED = 2
+
+
+class MeasuredContext:
+    """One that needs 100 bytes a chunk."""
+
+    def __init__(self) -> None:
+        self.batch, self.given = 0, []
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return 100 * self.batch
+
+    def set_device_memory(self, address: int, num_bytes: int) -> None:
+        self.given.append((address, num_bytes))
+
+
+class MeasuredEngine:
+    """Remembers how contexts were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+
+    def create_runtime_config(self) -> SimpleNamespace:
+        config = SimpleNamespace()
+        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
+        config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "strategy", strategy)
+        return config
+
+    def create_execution_context(self, *how: object) -> MeasuredContext:
+        self.asked.append(how)
+        return MeasuredContext()
+
+
+CHOICE = {"ExecutionContextAllocationStrategy": Strategy, "IExecutionContext": MeasuredContext}
+
+
+class TestMemoryOfContexts:
+    """By default a context takes what the largest batch of its engine needs, whatever it is for."""
+
+    def test_a_context_takes_none_and_says_what_its_shapes_need(self, install):
+        api, engine = install(stand_in("10.13.2", **CHOICE)), MeasuredEngine()
+        context = api.create_context(engine, None)
+        assert engine.asked == [(Strategy.USER_MANAGED,)]
+        assert api.memory_size(context) == 0
+        context.batch = 3
+        assert api.memory_size(context) == 300
+
+    def test_where_contexts_have_settings_it_is_one_of_these(self, install):
+        kinds = SimpleNamespace(EAGER="eager")
+        features = {**CHOICE, "DynamicShapesKernelSpecializationStrategy": kinds}
+        api, engine = install(stand_in("10.13.2", **features)), MeasuredEngine()
+        api.create_context(engine, "cache")
+        ((config,),) = engine.asked
+        assert (config.cache, config.strategy) == ("cache", Strategy.USER_MANAGED)
+
+    def test_a_library_without_the_choice_takes_its_own(self, install):
+        api, engine = install(stand_in("9.0")), MeasuredEngine()
+        context = api.create_context(engine, None)
+        context.batch = 3
+        assert engine.asked == [()]
+        assert api.memory_size(context) == 0
+
+    def test_what_tensorrt_complains_of_is_an_error(self, install):
+        api = install(stand_in("10.13.2", **CHOICE))
+
+        class Failing(MeasuredContext):
+            def update_device_memory_size_for_shapes(self) -> int:
+                api.logger.log(Severity.ERROR, "shapes are not set")
+                return 0
+
+        with pytest.raises(InferenceError, match="could not say how much memory an engine needs: shapes are not set"):
+            api.memory_size(Failing())
+
+    @needs_rtx
+    def test_tensorrt_rtx_has_the_choice(self, rtx):
+        assert rtx._without_memory.name == "USER_MANAGED"
