@@ -55,6 +55,7 @@ _REFERENCE = tuple(
 )
 _BELIEFS = (
     "tests/runtime/test_beliefs.py",
+    "tests/runtime/test_honest_beliefs.py",
     "tests/runtime/bundle/test_belief_validation.py",
     "tests/runtime/bundle/test_probabilities.py",
 )

@@ -219,6 +219,7 @@ def test_a_temperature_is_one_for_all_or_one_for_each() -> None:
     given = steps.given(uniform(1, 2, 4, 3, 5), is_logits=False)
     assert steps.sharpness(2, given).tolist() == [0.5, 0.5, 0.5]
     assert steps.sharpness([1, 2, 4], given).tolist() == [1, 0.5, 0.25]
+    np.testing.assert_array_equal(steps.sharpness([1e-30, 1, 1e30], given), np.float32([1e30, 1, 1e-30]))
     pair = chunks.given((uniform(1, 6), uniform(1, 5)), is_logits=False)
     assert chunks.sharpness(1.0, pair).tolist() == [1] * 6
     with pytest.raises(InvalidInputError, match=r"\[6\], one for each class and bit"):
