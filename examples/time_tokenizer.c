@@ -7,11 +7,12 @@
  *
  * Single calls are timed one by one, as a control loop makes them, in turns with an empty call between the same two
  * readings of the clock: what the machine itself takes away (its clock, its interrupts, its neighbours) shows there.
- * The actions are random; the decoder gets the encoder's tokens. Exit status: 1 where there is no memory or a function
- * refuses, 2 for a wrong command line.
+ * The actions are random, and so are probabilities and logits; the decoder gets the encoder's tokens. Exit status: 1
+ * where there is no memory or a function refuses, 2 for a wrong command line.
  *
  * The decoder is that of all L = 8 layers: for another one name it and its layers, such as -DDECODE=rfsq_decode_l3
- * -DLAYERS=3. A `dynamic` model needs -DHAS_STATS. Both can be added to TIME_FLAGS.
+ * -DBELIEVE=rfsq_decode_beliefs_l3 -DLAYERS=3. A `dynamic` model needs -DHAS_STATS, and decodes no probabilities. All
+ * can be added to TIME_FLAGS.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -25,6 +26,9 @@
 #ifndef DECODE
 #define DECODE rfsq_decode_l8
 #endif
+#ifndef BELIEVE
+#define BELIEVE rfsq_decode_beliefs_l8
+#endif
 #ifndef LAYERS
 #define LAYERS RFSQ_NUM_LAYERS
 #endif
@@ -32,7 +36,8 @@
 #ifndef SINGLE_CALLS
 #define SINGLE_CALLS 100000
 #endif
-enum { WARM_UP_CALLS = 2000, PASSES = 5, MOST_STEPS = 1000000000 };
+/* FEW chunks come over and over in single calls: what a policy says has just been written. */
+enum { WARM_UP_CALLS = 2000, PASSES = 5, MOST_STEPS = 1000000000, FEW = 8 };
 
 /* Numbers in one chunk. */
 #define T ((size_t)RFSQ_CHUNK_LENGTH)
@@ -41,10 +46,13 @@ enum { WARM_UP_CALLS = 2000, PASSES = 5, MOST_STEPS = 1000000000 };
 #define PREFIX_TOKENS (T * RFSQ_LATENT_DIM * LAYERS)
 #define STATS (T * RFSQ_NUM_LAYERS * 2)
 #define PREFIX_STATS (T * LAYERS * 2)
+#define LEVELS (PREFIX_TOKENS * RFSQ_NUM_LEVELS)
 
 struct arrays {
     float *actions, *decoded, *stats;
     int32_t *tokens;
+    /* Of FEW chunks, and what is written of one. */
+    float *probabilities, *logits, *sharpness, *deviations, *mode_probability;
 };
 
 typedef int (*call)(const struct arrays *arrays, size_t first, size_t num_chunks);
@@ -69,6 +77,38 @@ static int decode(const struct arrays *arrays, size_t first, size_t num_chunks)
     return DECODE(arrays->tokens + first * PREFIX_TOKENS, num_chunks, arrays->decoded + first * ACTIONS);
 #endif
 }
+
+#ifndef HAS_STATS
+static int believe(const struct arrays *arrays, const float *given, int is_logits, float *deviations)
+{
+    return BELIEVE(given, arrays->sharpness, is_logits, 0, 1, 1, arrays->decoded, deviations,
+                   deviations == NULL ? NULL : arrays->mode_probability);
+}
+
+static int probabilities(const struct arrays *arrays, size_t first, size_t num_chunks)
+{
+    (void)num_chunks;
+    return believe(arrays, arrays->probabilities + first * LEVELS, 0, NULL);
+}
+
+static int probabilities_std(const struct arrays *arrays, size_t first, size_t num_chunks)
+{
+    (void)num_chunks;
+    return believe(arrays, arrays->probabilities + first * LEVELS, 0, arrays->deviations);
+}
+
+static int logits(const struct arrays *arrays, size_t first, size_t num_chunks)
+{
+    (void)num_chunks;
+    return believe(arrays, arrays->logits + first * LEVELS, 1, NULL);
+}
+
+static int logits_std(const struct arrays *arrays, size_t first, size_t num_chunks)
+{
+    (void)num_chunks;
+    return believe(arrays, arrays->logits + first * LEVELS, 1, arrays->deviations);
+}
+#endif
 
 static int empty(const struct arrays *arrays, size_t first, size_t num_chunks)
 {
@@ -107,34 +147,52 @@ static void *array(size_t count, size_t size)
     return begin;
 }
 
-/* The calls are volatile, so that the empty one is a call too. */
+/* What is timed; the calls are volatile, so that the empty one is a call too. */
+static const struct {
+    const char *name;
+    volatile call call;
+} timed[] = {
+    {"empty call", empty},
+    {"encode", encode},
+    {"decode", decode},
+#ifndef HAS_STATS
+    {"probabilities", probabilities},
+    {"probabilities, std", probabilities_std},
+    {"logits", logits},
+    {"logits, std", logits_std},
+#endif
+};
+enum { TIMED = sizeof timed / sizeof *timed, EMPTY = 0, DECODING = 2 };
+
 static void time_single_calls(const struct arrays *arrays, size_t chunks)
 {
-    static const char *const names[] = {"empty call", "encode", "decode"};
-    volatile call calls[] = {empty, encode, decode};
-    double *times[3];
-    for (int c = 0; c < 3; ++c)
+    double *times[TIMED];
+    for (int c = 0; c < TIMED; ++c)
         times[c] = array(SINGLE_CALLS, sizeof **times);
     for (int i = -WARM_UP_CALLS; i < SINGLE_CALLS; ++i)
-        for (int c = 0; c < 3; ++c) {
-            /* A few chunks over and over: a policy's tokens have just been written. */
-            const size_t first = (size_t)(i + WARM_UP_CALLS) % (chunks < 8 ? chunks : 8);
+        for (int c = 0; c < TIMED; ++c) {
+            const size_t first = (size_t)(i + WARM_UP_CALLS) % (chunks < FEW ? chunks : FEW);
             const double begin = nanoseconds();
-            const int status = calls[c](arrays, first, 1);
+            const int status = timed[c].call(arrays, first, 1);
             const double took = nanoseconds() - begin;
-            require(status, names[c]);
+            require(status, timed[c].name);
             if (i >= 0)
                 times[c][i] = took;
         }
-    printf("one chunk of %d steps, %d calls   median     p99   p99.9 ns   p99.9 / median\n", RFSQ_CHUNK_LENGTH,
-           SINGLE_CALLS);
-    for (int c = 0; c < 3; ++c) {
+    printf("one chunk of %d steps, %d calls   median     p99   p99.9 ns   p99.9 / median   x decode\n",
+           RFSQ_CHUNK_LENGTH, SINGLE_CALLS);
+    for (int c = 0; c < TIMED; ++c)
         qsort(times[c], SINGLE_CALLS, sizeof **times, ascending);
+    for (int c = 0; c < TIMED; ++c) {
         const double median = times[c][SINGLE_CALLS / 2], late = times[c][(size_t)SINGLE_CALLS * 999 / 1000];
-        printf("%-34s %6.0f  %6.0f  %6.0f      %.2f\n", names[c], median, times[c][(size_t)SINGLE_CALLS * 99 / 100],
-               late, median > 0 ? late / median : 0);
-        free(times[c]);
+        /* Both without what the readings of the clock take. */
+        const double nothing = times[EMPTY][SINGLE_CALLS / 2], decoding = times[DECODING][SINGLE_CALLS / 2] - nothing;
+        printf("%-34s %6.0f  %6.0f  %6.0f      %14.2f   %8.2f\n", timed[c].name, median,
+               times[c][(size_t)SINGLE_CALLS * 99 / 100], late, median > 0 ? late / median : 0,
+               decoding > 0 ? (median - nothing) / decoding : 0);
     }
+    for (int c = 0; c < TIMED; ++c)
+        free(times[c]);
 }
 
 /* The best of a few passes over all chunks, so many in each call. */
@@ -167,10 +225,27 @@ int main(int argc, char **argv)
         array(chunks * ACTIONS, sizeof(float)),
         array(chunks * STATS, sizeof(float)),
         array(chunks * TOKENS, sizeof(int32_t)),
+        array(FEW * LEVELS, sizeof(float)),
+        array(FEW * LEVELS, sizeof(float)),
+        array(LAYERS, sizeof(float)),
+        array(ACTIONS, sizeof(float)),
+        array(1, sizeof(float)),
     };
     srand(1);
     for (size_t i = 0; i < chunks * ACTIONS; ++i)
         arrays.actions[i] = 2 * ((float)rand() / (float)RAND_MAX) - 1;
+    for (size_t token = 0; token < FEW * PREFIX_TOKENS; ++token) {
+        float sum = 0;
+        for (size_t k = token * RFSQ_NUM_LEVELS; k < (token + 1) * RFSQ_NUM_LEVELS; ++k) {
+            arrays.logits[k] = 8 * ((float)rand() / (float)RAND_MAX);
+            arrays.probabilities[k] = 1 + arrays.logits[k];
+            sum += arrays.probabilities[k];
+        }
+        for (size_t k = token * RFSQ_NUM_LEVELS; k < (token + 1) * RFSQ_NUM_LEVELS; ++k)
+            arrays.probabilities[k] /= sum;
+    }
+    for (int layer = 0; layer < LAYERS; ++layer)
+        arrays.sharpness[layer] = 1;
     /* Once over everything, so that no page is loaded while the clock runs. */
     require(encode(&arrays, 0, chunks), "encode");
     require(decode(&arrays, 0, chunks), "decode");
@@ -183,5 +258,7 @@ int main(int argc, char **argv)
         time_batches(&arrays, chunks, "decode", decode, batches[b]);
     }
     free(arrays.actions), free(arrays.decoded), free(arrays.stats), free(arrays.tokens);
+    free(arrays.probabilities), free(arrays.logits), free(arrays.sharpness), free(arrays.deviations);
+    free(arrays.mode_probability);
     return 0;
 }

@@ -75,7 +75,8 @@ def c_tokenizer(
 
 def beliefs(template: str) -> str:
     """What decodes probabilities, from the template of this name."""
-    return filled(template, EXPONENTS=filled("exponents.c").rstrip()).rstrip()
+    parts = {part.upper(): filled(f"{part}.c").rstrip() for part in ("exponents", "lanes")}
+    return filled(template, **parts).rstrip()
 
 
 def decoder_name(prefix: int) -> str:
@@ -94,7 +95,6 @@ def belief_name(prefix: int) -> str:
 def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
     quantizer = encoder.quantizer
     width, half_range = encoder.first.weight.shape[0], (encoder.num_levels - 1) / 2
-    levels = [f"LEVEL({level})" for level in range(encoder.num_levels)]
     lines = [
         f"enum {{ H = {width}, MIDDLE_LEVEL = {middle_level(encoder.num_levels)} }};",
         f"#define HAS_OFFSET {int(encoder.offset.any())}",
@@ -104,8 +104,6 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
         f"#define STATS_LIMIT {number(STATS_LIMIT)}",
         f"#define SUM_TOLERANCE {number(ENGINE_SUM_TOLERANCE)}",
         "#define EACH_LAYER(LAYER) " + " ".join(f"LAYER({layer})" for layer in range(encoder.num_layers)),
-        "#define EACH_LEVEL(LEVEL) " + " ".join(levels),
-        f"#define SUM_OF_LEVELS(LEVEL) {_sum_of_pairs(levels)}",
         *_layer("ENCODER_FIRST", encoder.first),
         *_layer("ENCODER_SECOND", encoder.second),
     ]
@@ -126,14 +124,6 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
         if decoder.latents is not None and decoder.own_tokens is None:
             lines.append(_padded_table(f"{name}_LATENTS_BY_TOKEN", decoder.latents.weight))
     return lines
-
-
-def _sum_of_pairs(terms: list[str]) -> str:
-    """Their sum in C, added in pairs: no sum waits for all before it."""
-    if len(terms) == 1:
-        return terms[0]
-    half = (len(terms) + 1) // 2
-    return f"({_sum_of_pairs(terms[:half])} + {_sum_of_pairs(terms[half:])})"
 
 
 def _layer(name: str, layer: Affine, lanes: int = _LANES) -> list[str]:

@@ -1,18 +1,17 @@
 /* --- beliefs ----------------------------------------------------------------------------------------------------- */
 
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
-
 /* @EXPONENTS@ */
 
-/* So many tokens are computed with at once, one in each lane. */
+/* So many tokens are computed with at once. */
 enum { GROUP = 64 };
 
-/* What a call asks for; sharpness / ln 2, and whether it is coarse (1 or 0), of each token, from any token on. */
+/*
+ * What a call asks for. scale and is_fine, of the tokens from any layer on: sharpness / ln 2, and 1 where it is none of
+ * the mode, else 0.
+ */
 struct belief {
     int is_logits, keeps_mode;
-    float scale[2 * L + GROUP], is_coarse[2 * L + GROUP];
+    float scale[2 * L + GROUP], is_fine[2 * L + GROUP];
 };
 
 /*
@@ -30,128 +29,125 @@ struct belief_decoder {
     const float *hidden_by_unit, *by_token;
 };
 
-/* given [GROUP][K] -> [K][GROUP]. */
-static inline void transpose(const float *restrict given, float (*restrict levels)[GROUP])
-{
-#ifdef __AVX__
-    /* Of the loop below, compilers make loads and stores of single floats, which take longer than all that follows. */
-    for (int k = 0; K >= 4 && k < K; k += 4) {
-        /* The last four levels may be some of those before once more. */
-        const int first = k + 4 <= K ? k : K - 4;
-        for (int i = 0; i < GROUP; i += 8) {
-            const float *const from = given + i * K + first;
-#define ROW(j)                                                                                                         \
-    _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + (j)*K)), _mm_loadu_ps(from + ((j) + 4) * K), 1)
-            const __m256 low01 = _mm256_unpacklo_ps(ROW(0), ROW(1)), high01 = _mm256_unpackhi_ps(ROW(0), ROW(1));
-            const __m256 low23 = _mm256_unpacklo_ps(ROW(2), ROW(3)), high23 = _mm256_unpackhi_ps(ROW(2), ROW(3));
-#undef ROW
-            _mm256_store_ps(levels[first] + i, _mm256_shuffle_ps(low01, low23, 0x44));
-            _mm256_store_ps(levels[first + 1] + i, _mm256_shuffle_ps(low01, low23, 0xee));
-            _mm256_store_ps(levels[first + 2] + i, _mm256_shuffle_ps(high01, high23, 0x44));
-            _mm256_store_ps(levels[first + 3] + i, _mm256_shuffle_ps(high01, high23, 0xee));
-        }
-    }
-    if (K >= 4)
-        return;
-#endif
-    for (int k = 0; k < K; ++k)
-        for (int i = 0; i < GROUP; ++i)
-            levels[k][i] = given[i * K + k];
-}
+/* @LANES@ */
 
-/* The largest of all levels of token i. */
-static inline float largest_of(float (*restrict levels)[GROUP], int i)
+/* In pairs, of which none waits for all before it. */
+static inline lanes largest_of(const lanes *levels)
 {
-    float largest = levels[0][i];
-#define LEVEL(k) largest = levels[k][i] > largest ? levels[k][i] : largest;
-    EACH_LEVEL(LEVEL)
-#undef LEVEL
+    lanes largest = levels[K - 1];
+    for (int k = 0; k + 1 < K; k += 2)
+        largest = LARGER(largest, LARGER(levels[k], levels[k + 1]));
     return largest;
 }
 
-/* Logits [K][GROUP] -> e^(sharpness (logit - largest)) in their place. Whether all are legal. */
-static inline int exponentials(const float *restrict scale, float (*restrict levels)[GROUP])
+static inline lanes smallest_of(const lanes *levels)
 {
-    int illegal = 0;
-    for (int i = 0; i < GROUP; ++i) {
-        const float largest = largest_of(levels, i);
-#define LEVEL(k)                                                                                                       \
-    const float y##k = (levels[k][i] - largest) * scale[i];                                                            \
-    levels[k][i] = power_of(y##k);
-        EACH_LEVEL(LEVEL)
-#undef LEVEL
-        /* Not a number, an infinity above all, or no level that is possible: then a difference is not a number. */
-#define EXPONENT(k) y##k
-        illegal |= !(SUM_OF_LEVELS(EXPONENT) <= 0);
-#undef EXPONENT
-    }
-    return !illegal;
+    lanes smallest = levels[K - 1];
+    for (int k = 0; k + 1 < K; k += 2)
+        smallest = SMALLER(smallest, SMALLER(levels[k], levels[k + 1]));
+    return smallest;
 }
 
-/* Whether probabilities [K][GROUP] are legal. */
-static inline int are_probabilities(float (*restrict levels)[GROUP])
+/* The first level that is the largest, as a float. */
+static inline lanes likeliest_of(const lanes *levels)
 {
-    int illegal = 0;
-    for (int i = 0; i < GROUP; ++i) {
-        uint32_t signs = 0;
-        /* -0 + 0 is 0, and what is not a number has a sum that is none. */
-#define LEVEL(k) signs |= bits_of(levels[k][i] + 0.0f);
-        EACH_LEVEL(LEVEL)
-#undef LEVEL
-#define PROBABILITY(k) levels[k][i]
-        illegal |= (int)(signs >> 31) | !(fabsf(SUM_OF_LEVELS(PROBABILITY) - 1) <= SUM_TOLERANCE);
-#undef PROBABILITY
+    const lanes largest = largest_of(levels);
+    lanes level = FILLED(0);
+    for (int k = K - 1; k >= 0; --k)
+        level = WHERE_AT_MOST(largest, levels[k], FILLED((float)k), level);
+    return level;
+}
+
+/*
+ * Logits [GROUP][K] -> e^(sharpness (logit - largest)) [K][GROUP], and the likeliest levels [GROUP] unless NULL: of the
+ * logits, since exponentials of near ones are the same. Of what is illegal, some are not a number.
+ */
+static inline void exponentials(const float *restrict scale, const float *restrict given,
+                                float (*restrict levels)[GROUP], float *restrict likeliest)
+{
+    for (int i = 0; i < GROUP; i += AT_ONCE) {
+        lanes logits[K];
+        load_levels(given + i * K, logits);
+        const lanes largest = largest_of(logits), sharpness = LOAD(scale + i);
+        if (likeliest != NULL)
+            STORE(likeliest + i, likeliest_of(logits));
+        for (int k = 0; k < K; ++k)
+            STORE(levels[k] + i, (logits[k] - largest) * sharpness);
     }
-    return !illegal;
+    powers(K * GROUP, levels[0]);
+}
+
+/* Tokens of the mode [GROUP] become their likeliest level for certain. */
+static inline void keep_mode(const float *restrict is_fine, const float *restrict likeliest, float *restrict means,
+                             float *restrict variances)
+{
+    /* Less itself, what is not a number stays so. */
+    for (int i = 0; i < GROUP; ++i)
+        means[i] = is_fine[i] > 0 ? means[i] : likeliest[i] + (means[i] - means[i]);
+    for (int i = 0; variances != NULL && i < GROUP; ++i)
+        variances[i] *= is_fine[i];
+}
+
+/* `mean`, or not a number where p are no probabilities. */
+static inline lanes of_probabilities(const lanes *p, lanes sum, lanes mean)
+{
+    const lanes above = sum - (1 - SUM_TOLERANCE), below = 1 + SUM_TOLERANCE - sum;
+    return WHERE_AT_MOST(FILLED(0), SMALLER(smallest_of(p), SMALLER(above, below)), mean, FILLED(NAN));
 }
 
 /*
  * given [GROUP][K], the first of them of layer `layer` -> means and variances of the tokens, and certainties: how
- * probable the likeliest level is of a coarse token, else 1; all [GROUP]. Whether all are legal. Written out level by
- * level, so that what is known of a token stays in registers.
+ * probable the likeliest level is of a token of the mode, else 1; all [GROUP], the last two NULL where they are not
+ * wanted. Means of what is illegal are not a number.
+ *
+ * A token is a sum: 1 for each level that it lies above. So its mean is that of the probabilities to lie above a level,
+ * and its variance that of products with those not to: nothing is taken from anything that is near.
  */
-static inline int group_moments(const struct belief *belief, int layer, const float *restrict given,
-                                float *restrict means, float *restrict variances, float *restrict certainties)
+static inline void group_moments(const struct belief *belief, int layer, const float *restrict given,
+                                 float *restrict means, float *restrict variances, float *restrict certainties)
 {
-    const float *const is_coarse = belief->is_coarse + layer;
+    const float *const is_fine = belief->is_fine + layer;
+    const int is_logits = belief->is_logits;
     _Alignas(64) float levels[K][GROUP], likeliest[GROUP];
-    transpose(given, levels);
-    for (int i = 0; belief->keeps_mode && i < GROUP; ++i) {
-        float largest = levels[0][i], level = 0;
-#define LEVEL(k)                                                                                                       \
-    level = levels[k][i] > largest ? k : level;                                                                        \
-    largest = levels[k][i] > largest ? levels[k][i] : largest;
-        EACH_LEVEL(LEVEL)
-#undef LEVEL
-        likeliest[i] = level;
+    if (is_logits)
+        exponentials(belief->scale + layer, given, levels, belief->keeps_mode ? likeliest : NULL);
+    for (int i = 0; i < GROUP; i += AT_ONCE) {
+        lanes p[K], above[K - 1], means_above[K - 1];
+        if (is_logits)
+            for (int k = 0; k < K; ++k)
+                p[k] = LOAD(levels[k] + i);
+        else
+            load_levels(given + i * K, p);
+        above[K - 2] = means_above[K - 2] = p[K - 1];
+        for (int k = K - 3; k >= 0; --k) {
+            above[k] = above[k + 1] + p[k + 1];
+            means_above[k] = means_above[k + 1] + above[k];
+        }
+        const lanes sum = above[0] + p[0], inverse = 1 / sum, mean = means_above[0] * inverse;
+        STORE(means + i, is_logits ? mean : of_probabilities(p, sum, mean));
+        if (belief->keeps_mode && !is_logits)
+            STORE(likeliest + i, likeliest_of(p));
+        if (variances != NULL) {
+            lanes below = p[0], variance = FILLED(0);
+            for (int k = 0; k < K - 2; ++k) {
+                variance += below * (means_above[k] + means_above[k + 1]);
+                below += p[k + 1];
+            }
+            variance += below * means_above[K - 2];
+            STORE(variances + i, variance * (inverse * inverse));
+        }
+        if (certainties != NULL) {
+            const lanes largest = is_logits ? FILLED(1) : largest_of(p);
+            STORE(certainties + i, LARGER(largest * inverse, LOAD(is_fine + i)));
+        }
     }
-    if (!(belief->is_logits ? exponentials(belief->scale + layer, levels) : are_probabilities(levels)))
-        return 0;
-    for (int i = 0; i < GROUP; ++i) {
-#define LEVEL(k) const float p##k = levels[k][i];
-        EACH_LEVEL(LEVEL)
-#undef LEVEL
-#define PROBABILITY(k) p##k
-#define FIRST_MOMENT(k) k * p##k
-#define SECOND_MOMENT(k) p##k * ((k - mean) * (k - mean))
-        const float inverse = 1 / SUM_OF_LEVELS(PROBABILITY), mean = SUM_OF_LEVELS(FIRST_MOMENT) * inverse;
-        means[i] = mean;
-        variances[i] = SUM_OF_LEVELS(SECOND_MOMENT) * inverse;
-#undef PROBABILITY
-#undef FIRST_MOMENT
-#undef SECOND_MOMENT
-        certainties[i] = is_coarse[i] > 0 ? largest_of(levels, i) * inverse : 1;
-    }
-    for (int i = 0; belief->keeps_mode && i < GROUP; ++i) {
-        means[i] = is_coarse[i] > 0 ? likeliest[i] : means[i];
-        variances[i] = is_coarse[i] > 0 ? 0 : variances[i];
-    }
-    return 1;
+    if (belief->keeps_mode)
+        keep_mode(is_fine, likeliest, means, variances);
 }
 
 /* The same of so many tokens, the first of them of layer 0. */
-static inline int moments(const struct belief *belief, int layers, int count, const float *restrict given,
-                          float *restrict means, float *restrict variances, float *restrict certainties)
+static inline void moments(const struct belief *belief, int layers, int count, const float *restrict given,
+                           float *restrict means, float *restrict variances, float *restrict certainties)
 {
     for (int first = 0; first < count; first += GROUP) {
         const int left = count - first, layer = first % layers;
@@ -164,23 +160,21 @@ static inline int moments(const struct belief *belief, int layers, int count, co
             memcpy(last, group, (size_t)(left * K) * sizeof *given);
             group = last;
         }
-        if (!group_moments(belief, layer, group, means + first, variances + first, certainties + first))
-            return 0;
+        group_moments(belief, layer, group, means + first, variances == NULL ? NULL : variances + first,
+                      certainties == NULL ? NULL : certainties + first);
     }
-    return 1;
 }
 
-/* `mish`, and its derivative f + 4 x e (1 + e) / (n + 2)^2, with f = n / (n + 2). */
+/* `mish`, and its derivative f + x e (1 + e) (1 - f)^2, with f = n / (n + 2), where slopes are not NULL. */
 static inline void mish_with_slopes(int count, float *restrict values, float *restrict slopes)
 {
-    _Alignas(64) float limited[STEPS * WIDE(H)];
     for (int i = 0; i < count; ++i)
         values[i] = values[i] > -86.0f ? values[i] : -86.0f;
-    for (int i = 0; i < count; ++i)
-        limited[i] = values[i] < 20.0f ? values[i] : 20.0f;
     for (int i = 0; i < count; ++i) {
-        const float e = exponential(limited[i]), n = e * (e + 2), inverse = 1 / (n + 2), f = n * inverse;
-        slopes[i] = f + 4 * limited[i] * (e * inverse) * ((1 + e) * inverse);
+        const float e = exponential(values[i] < 20.0f ? values[i] : 20.0f);
+        const float n = e * (e + 2), f = n / (n + 2), left = 1 - f;
+        if (slopes != NULL)
+            slopes[i] = f + values[i] * ((1 + e) * left) * (e * left);
         values[i] *= f;
     }
 }
@@ -189,12 +183,10 @@ static inline void mish_with_slopes(int count, float *restrict values, float *re
 static inline void to_deviations(const struct belief_decoder decoder, const float *restrict slopes,
                                  const float *restrict spread, float *restrict deviations)
 {
-    static _Alignas(64) const float none[L * PADDED(D)] = {0};
+    static _Alignas(64) const float none[PADDED(D)] = {0};
     const int inputs = decoder.inputs;
     /* Of every eighth input one sum, as in `linear_to_few`. */
     _Alignas(64) float sums[A * STEPS * 8], sums_of_4[A * STEPS * 4], sums_of_2[A * STEPS * 2], variances[A * STEPS];
-    for (int i = 0; i < A * STEPS * 8; ++i)
-        sums[i] = 0;
     for (int a = 0; a < A; ++a) {
         _Alignas(64) float by_unit[STEPS * WIDE(H)], by_latent[STEPS * PADDED(D)], by_token[STEPS * L * PADDED(D)];
         float *slope = by_latent;
@@ -203,15 +195,25 @@ static inline void to_deviations(const struct belief_decoder decoder, const floa
                 by_unit[s * WIDE(H) + h] = decoder.decoder.second_weight[a * WIDE(H) + h] * slopes[s * WIDE(H) + h];
         linear(H, WIDE(H), D, decoder.hidden_by_unit, none, by_unit, by_latent);
         if (decoder.by_token != NULL) {
-            linear(D, PADDED(D), inputs, decoder.by_token, none, by_latent, by_token);
+            /* Of `linear`, GCC would compute one output at a time here. */
+            for (int s = 0; s < STEPS; ++s)
+                for (int i = 0; i < inputs; ++i) {
+                    float sum = 0;
+                    for (int d = 0; d < D; ++d)
+                        sum += by_latent[s * PADDED(D) + d] * decoder.by_token[d * inputs + i];
+                    by_token[s * inputs + i] = sum;
+                }
             slope = by_token;
         }
         for (int i = 0; i < STEPS * inputs; ++i)
             slope[i] *= slope[i] * spread[i];
-        for (int first = 0; first < inputs; first += 8)
-            for (int s = 0; s < STEPS; ++s)
+        for (int s = 0; s < STEPS; ++s) {
+            float sum[8] = {0};
+            for (int first = 0; first < inputs; first += 8)
                 for (int lane = 0; lane < 8; ++lane)
-                    sums[(a * STEPS + s) * 8 + lane] += slope[s * inputs + first + lane];
+                    sum[lane] += slope[s * inputs + first + lane];
+            memcpy(sums + (a * STEPS + s) * 8, sum, sizeof sum);
+        }
     }
     add_halves(A * STEPS, 4, sums, sums_of_4);
     add_halves(A * STEPS, 2, sums_of_4, sums_of_2);
@@ -229,50 +231,56 @@ static inline void decode_certain(const struct belief_decoder decoder, int steps
                                   float *restrict actions)
 {
     const int tokens = D * decoder.decoder.layers;
-    int32_t levels[STEPS * D * L], broken[STEPS];
+    int32_t levels[STEPS * D * L], broken[STEPS], certain = 0;
     float decoded[STEPS * A];
-    int certain = 0;
     for (int s = 0; s < steps; ++s) {
         broken[s] = 0;
         for (int i = s * tokens; i < (s + 1) * tokens; ++i)
             broken[s] |= (means[i] + 0x1.8p+23f) - 0x1.8p+23f != means[i];
-        for (int i = s * tokens; i < (s + 1) * tokens; ++i)
-            levels[i] = broken[s] ? 0 : (int32_t)means[i];
         certain |= !broken[s];
     }
-    if (!certain || decoder.decode_some(levels, NULL, (size_t)steps, decoded) != RFSQ_OK)
+    if (!certain)
         return;
+    for (int s = 0; s < steps; ++s)
+        for (int i = s * tokens; i < (s + 1) * tokens; ++i)
+            levels[i] = broken[s] ? 0 : (int32_t)means[i];
+    decoder.decode_some(levels, NULL, (size_t)steps, decoded);
     for (int s = 0; s < steps; ++s)
         for (int a = 0; a < A; ++a)
             actions[s * A + a] = broken[s] ? actions[s * A + a] : decoded[s * A + a];
 }
 
 /*
- * At most STEPS steps of given [steps][D][layers][K]; deviations may be NULL. certainties: how probable the least
- * certain coarse token of each step is. Whether all are legal.
+ * At most STEPS steps of given [steps][D][layers][K]; deviations and certainties may be NULL. certainties: how probable
+ * the least certain coarse token of each step is. Whether all are legal.
  */
 static inline int believe_block(const struct belief_decoder decoder, const struct belief *belief, int steps,
                                 const float *given, float *actions, float *deviations, float *certainties)
 {
     /* The tokens that are known are computed with in whole groups, and those of all steps in whole blocks. */
     enum { MOST = STEPS * D * L + GROUP };
-    const int layers = decoder.decoder.layers, tokens = steps * D * layers;
+    const int tokens = D * decoder.decoder.layers;
     _Alignas(64) float means[MOST], variances[MOST], of_tokens[MOST];
     _Alignas(64) float latents[STEPS * PADDED(D)], hidden[STEPS * WIDE(H)], slopes[STEPS * WIDE(H)];
-    if (!moments(belief, layers, tokens, given, means, variances, of_tokens))
-        return 0;
-    for (int i = tokens; i < STEPS * D * layers; ++i)
+    int illegal = 0;
+    moments(belief, decoder.decoder.layers, steps * tokens, given, means, deviations == NULL ? NULL : variances,
+            certainties == NULL ? NULL : of_tokens);
+    for (int i = steps * tokens; i < STEPS * tokens; ++i)
         means[i] = variances[i] = 0;
-    for (int s = 0; s < steps; ++s) {
+    for (int s = 0; certainties != NULL && s < steps; ++s) {
         /* Of what is not negative, the least is the least of its bits. */
         uint32_t least = bits_of(1);
-        for (int i = s * D * layers; i < (s + 1) * D * layers; ++i)
+        for (int i = s * tokens; i < (s + 1) * tokens; ++i)
             least = bits_of(of_tokens[i]) < least ? bits_of(of_tokens[i]) : least;
         certainties[s] = float_of(least);
     }
     decoder.to_latents(means, latents);
+    for (int i = 0; i < STEPS * PADDED(D); ++i)
+        illegal |= latents[i] != latents[i];
+    if (illegal)
+        return 0;
     linear(D, PADDED(D), WIDE(H), decoder.decoder.hidden_weight, decoder.decoder.hidden_bias, latents, hidden);
-    mish_with_slopes(STEPS * WIDE(H), hidden, slopes);
+    mish_with_slopes(STEPS * WIDE(H), hidden, deviations == NULL ? NULL : slopes);
     if (deviations != NULL) {
         _Alignas(64) float spread[STEPS * L * PADDED(D)];
         decoder.to_spread(variances, spread);
@@ -292,7 +300,8 @@ static inline int believe_checked(const struct belief_decoder decoder, const str
     for (size_t step = 0; step < steps; step += STEPS) {
         const size_t left = steps - step, count = left < STEPS ? left : STEPS;
         if (!believe_block(decoder, belief, (int)count, given + step * step_values, decoded + step * A,
-                           deviations == NULL ? NULL : spread + step * A, certainties + step))
+                           deviations == NULL ? NULL : spread + step * A,
+                           certainties == NULL ? NULL : certainties + step))
             return RFSQ_ILLEGAL_VALUE;
     }
     memcpy(actions, decoded, steps * A * sizeof *actions);
@@ -313,16 +322,20 @@ static inline int believe(const struct belief_decoder decoder, const float *give
     belief.keeps_mode = keeps_mode && coarse > 0;
     if (coarse < 0 || coarse > layers)
         return RFSQ_ILLEGAL_VALUE;
-    for (int first = 0; first < layers + GROUP; first += layers)
-        for (int layer = 0; layer < layers; ++layer) {
-            belief.scale[first + layer] = scale_of(sharpness[layer]);
-            belief.is_coarse[first + layer] = layer < coarse;
-        }
+    for (int layer = 0; layer < layers; ++layer) {
+        belief.scale[layer] = scale_of(sharpness[layer]);
+        belief.is_fine[layer] = layer >= coarse;
+    }
+    for (int first = layers; first < layers + GROUP; first += layers) {
+        memcpy(belief.scale + first, belief.scale, (size_t)layers * sizeof *belief.scale);
+        memcpy(belief.is_fine + first, belief.is_fine, (size_t)layers * sizeof *belief.is_fine);
+    }
     for (size_t step = 0; step < steps; step += CHECKED_STEPS) {
         const size_t left = steps - step, count = left < CHECKED_STEPS ? left : CHECKED_STEPS;
         float certainties[CHECKED_STEPS];
         const int status = believe_checked(decoder, &belief, count, given + step * step_values, actions + step * A,
-                                           deviations == NULL ? NULL : deviations + step * A, certainties);
+                                           deviations == NULL ? NULL : deviations + step * A,
+                                           mode_probability == NULL ? NULL : certainties);
         if (status != RFSQ_OK)
             return status;
         for (size_t s = step; mode_probability != NULL && s < step + count; ++s) {

@@ -180,62 +180,88 @@ static inline void given_class(struct belief *belief, int class)
     memcpy(belief->ones, belief->first[class], FIRST_BITS * sizeof(double));
 }
 
-/* log(p / q), as `half_log_ratio` has it, of doubles: so that those of ratios near 1 are right, too. */
-static inline double log_ratio(double p, double q)
+/* Cells and levels [PADDED] of the latents as so many bits are expected; `share` [num_bits] of each in its latent. */
+struct cells {
+    double cells[PADDED], levels[PADDED], share[CODE_BITS + BLOCK_BITS];
+    float width[PADDED];
+};
+
+/* `half_log_ratio`, which is right where p is near q, too, because `apart` says by how much. */
+static inline float half_log_ratio_apart(float p, float q, float apart)
 {
     int32_t e;
-    half_log_ratio((float)p, (float)q, &e);
-    const double scaled = p * power_of_two(-e), s = (scaled - q) / (scaled + q), square = s * s;
-    return 2 * (e * HALF_LOG_2 + s * (1 + square * (1.0 / 3 + square * (1.0 / 5 + square * (1.0 / 7 + square / 9)))));
+    half_log_ratio(p, q, &e);
+    const float scaled = p * power_of_two(-e);
+    const float s = (e == 0 ? apart : scaled - q) / (scaled + q), square = s * s;
+    const float series = 1 + square * (1.0f / 3 + square * (1.0f / 5 + square * (1.0f / 7 + square * (1.0f / 9))));
+    return (float)e * (float)HALF_LOG_2 + s * series;
+}
+
+/*
+ * Variances [ROWS] of the values of a class. A bit that is 1 with probability p adds p (1 - p) D^2 to that of its
+ * latent: by D it moves the latent, the other bits as they are expected.
+ */
+static void spread_class(const struct cells *of, const double *restrict ones, int class, int num_bits,
+                         double *restrict variances)
+{
+    _Alignas(64) float upper[CODE_BITS + BLOCK_BITS], lower[CODE_BITS + BLOCK_BITS], apart[CODE_BITS + BLOCK_BITS];
+    _Alignas(64) double spread[PADDED] = {0};
+    for (int j = 0; j < num_bits; ++j) {
+        /* With a 1, a latent is atanh(above / levels - 1), and with a 0, atanh(below / levels - 1). */
+        const int latent = ORDER[class][j];
+        const double p = 2 * of->cells[latent] + 1, all = 2 * of->levels[latent], step = of->levels[latent] * of->share[j];
+        const double above = p + (1 - ones[j]) * step, below = p - ones[j] * step;
+        upper[j] = (float)(above * (all - below));
+        lower[j] = (float)(below * (all - above));
+        apart[j] = (float)(all * step);
+    }
+    for (int j = 0; j < num_bits; ++j) {
+        const float moved = half_log_ratio_apart(upper[j], lower[j], apart[j]);
+        apart[j] = (float)(ones[j] * (1 - ones[j])) * (moved * moved);
+    }
+    for (int j = 0; j < num_bits; ++j)
+        spread[ORDER[class][j]] += apart[j];
+    for (int m = 0; m < PADDED; ++m)
+        spread[m] *= of->width[m] * of->width[m];
+    for (int n = 0; n < ROWS; n += SUMS)
+        add_latents(class, n, 1, spread, variances + n);
+    /* What lies between -1 and 1 has no greater variance. */
+    for (int n = 0; n < ROWS; ++n)
+        variances[n] = variances[n] < 1 ? variances[n] : 1;
 }
 
 /* Expected values x [ROWS] of a class, from so many code bits, and with `variances` [ROWS] their variances. */
 static void believe_class(const double *restrict ones, int class, int num_bits, float *restrict x,
                           double *restrict variances)
 {
-    /* As in `decode_class`: cells are expected ones, and spread the variance of each. */
-    double cells[PADDED], spread[PADDED], levels[PADDED];
+    /* As in `decode_class`: cells are expected ones. */
+    struct cells of;
+    double shares[PADDED];
     for (int m = 0; m < PADDED; ++m) {
-        cells[m] = spread[m] = 0;
-        levels[m] = 1;
+        of.cells[m] = 0;
+        of.levels[m] = shares[m] = 1;
     }
     for (int j = 0; j < num_bits; ++j) {
         const int latent = ORDER[class][j];
-        cells[latent] = 2 * cells[latent] + ones[j];
-        levels[latent] *= 2;
-    }
-    double steps[PADDED];
-    memcpy(steps, levels, sizeof steps);
-    for (int j = 0; variances != NULL && j < num_bits; ++j) {
-        /* With a bit of 1 a latent is atanh((p + a) / levels - 1), with one of 0 atanh((p - b) / levels - 1). */
-        const int latent = ORDER[class][j];
-        const double p = 2 * cells[latent] + 1, all = 2 * levels[latent], step = steps[latent];
-        const double above = p + (1 - ones[j]) * step, below = p - ones[j] * step;
-        const double apart = log_ratio(above * (all - below), below * (all - above)) / 2;
-        spread[latent] += ones[j] * (1 - ones[j]) * apart * apart;
-        steps[latent] /= 2;
+        of.cells[latent] = 2 * of.cells[latent] + ones[j];
+        of.levels[latent] *= 2;
+        of.share[j] = shares[latent];
+        shares[latent] /= 2;
     }
     _Alignas(64) double z[PADDED];
+    _Alignas(64) float small[PADDED];
+    _Alignas(64) int32_t e[PADDED];
     for (int m = 0; m < PADDED; ++m) {
-        const double p = 2 * cells[m] + 1, q = 2 * levels[m] - p;
-        int32_t e;
-        const float small = half_log_ratio((float)p, (float)q, &e);
-        const float width = WIDTH[class][m][(bits_of((float)levels[m]) >> 23) - 127];
-        z[m] = width * (e * HALF_LOG_2 + small);
-        spread[m] *= width * width;
+        const double p = 2 * of.cells[m] + 1;
+        small[m] = half_log_ratio((float)p, (float)(2 * of.levels[m] - p), &e[m]);
     }
+    for (int m = 0; m < PADDED; ++m)
+        of.width[m] = WIDTH[class][m][(bits_of((float)of.levels[m]) >> 23) - 127];
+    for (int m = 0; m < PADDED; ++m)
+        z[m] = of.width[m] * (e[m] * HALF_LOG_2 + small[m]);
     to_chunk(class, z, x);
-    for (int n = 0; variances != NULL && n < ROWS; ++n) {
-        _Alignas(64) double products[LANES] = {0};
-        for (int panel = 0; panel < PANELS; ++panel)
-            for (int lane = 0; lane < LANES; ++lane) {
-                const double basis = BASIS[class][panel][n][lane];
-                products[lane] += basis * basis * spread[panel * LANES + lane];
-            }
-        sum_lanes(1, products, &variances[n]);
-        /* What lies between -1 and 1 has no greater variance. */
-        variances[n] = variances[n] < 1 ? variances[n] : 1;
-    }
+    if (variances != NULL)
+        spread_class(&of, ones, class, num_bits, variances);
 }
 
 /* The same of escape. */

@@ -1,4 +1,4 @@
-/* 2^y for y <= 0: exact for whole y, and 0 from -127 on. Of what is not a number, any number. */
+/* 2^y for y <= 0: exact for whole y, and 0 from -127 on. What is not a number stays so. */
 static inline float power_of(float y)
 {
     /* The smaller magnitude as a whole number: of floats, GCC would compute each side of the limit by itself. */
@@ -8,7 +8,8 @@ static inline float power_of(float y)
     /* Fitted to 2^f with a relative error of at most 1e-7, in pairs: no step waits for all before it. */
     const float low = 0x1p+0f + 0x1.62e42ap-1f * f, high = 0x1.ebf9c2p-3f + 0x1.c6b6dap-5f * f;
     const float p = low + square * (high + square * (0x1.3ce8b2p-7f + 0x1.5bd97cp-10f * f));
-    return float_of(bits_of(p) + (bits_of(shifted) << 23));
+    const float power = float_of(bits_of(p) + (bits_of(shifted) << 23));
+    return y <= 0 ? power : y;
 }
 
 /* What a difference of logits is multiplied by to be an exponent of `power_of`: sharpness / ln 2, and finite. */

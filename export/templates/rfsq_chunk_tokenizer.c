@@ -120,6 +120,22 @@ static inline float clipped(float x)
     return x < -1 ? -1 : x > 1 ? 1 : x;
 }
 
+/* What z [PADDED] adds up to in SUMS values from n on, by the basis or by its squares. */
+static inline void add_latents(int class, int n, int is_squared, const double *restrict z, double *restrict sums)
+{
+    _Alignas(64) double products[SUMS * LANES];
+    for (int i = 0; i < SUMS; ++i)
+        for (int lane = 0; lane < LANES; ++lane) {
+            double sum = 0;
+            for (int panel = 0; panel < PANELS; ++panel) {
+                const float basis = BASIS[class][panel][n + i][lane];
+                sum += z[panel * LANES + lane] * (is_squared ? basis * basis : basis);
+            }
+            products[i * LANES + lane] = sum;
+        }
+    sum_lanes(SUMS, products, sums);
+}
+
 /*
  * The chunk x [ROWS], clipped to [-1, 1], of all latents z [PADDED]. In double: tokens that no encoder sends may name
  * latents far beyond [-1, 1], of which float32 would lose more than a chunk may err by.
@@ -127,15 +143,8 @@ static inline float clipped(float x)
 static inline void to_chunk(int class, const double *restrict z, float *restrict x)
 {
     for (int n = 0; n < ROWS; n += SUMS) {
-        _Alignas(64) double products[SUMS * LANES], sums[SUMS];
-        for (int i = 0; i < SUMS; ++i)
-            for (int lane = 0; lane < LANES; ++lane) {
-                double sum = 0;
-                for (int panel = 0; panel < PANELS; ++panel)
-                    sum += z[panel * LANES + lane] * BASIS[class][panel][n + i][lane];
-                products[i * LANES + lane] = sum;
-            }
-        sum_lanes(SUMS, products, sums);
+        double sums[SUMS];
+        add_latents(class, n, 0, z, sums);
         for (int i = 0; i < SUMS; ++i)
             x[n + i] = clipped((float)(MEAN[class][n + i] + sums[i]));
     }

@@ -17,7 +17,7 @@ from ..bundle.paths import replacing
 from .processes import Start
 from .timing import Arithmetic, Bandwidth, Row
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _NOTHING = "–"
 _COLOURS = {"host": "#1f6fb4", "unchecked": "#1f6fb4", "device": "#2a8c55", "floor": "#b9b9b9"}
 _INK = "#222222"
@@ -110,6 +110,7 @@ _NUMBERS = {
     "times_floor": "x floor: p50 over the floor's: of device calls a captured graph with one trivial kernel, of host "
     "calls a captured graph with their copies alone; a kernel that writes into pinned memory saves the copy back and "
     "can be below",
+    "times_decode": "x decode: p50 over that of `decode`, by the same path",
     "times_beside": "x beside: p50 over that of the bundle beside, in the same call of the same backend",
     "bandwidth_share": "bandwidth: the time that a call's bytes alone need at the measured bandwidth, over p50; above "
     "100 % the arrays stay in the GPU's cache",
@@ -137,6 +138,7 @@ _ROW_COLUMNS = {
     "jitter": "jitter:,.1f",
     "x floor": "times_floor:.2f",
     "x beside": "times_beside:.2f",
+    "x decode": "times_decode:.2f",
     "steps/s": "steps_per_second:,.0f",
     "bandwidth": "bandwidth_share:.1%",
     "roofline": "roofline_share:.1%",

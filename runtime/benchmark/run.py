@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backends.beliefs import decodes_beliefs
 from ..backends.cpu_targets import cpu_info, system_text
 from ..backends.registry import GPU_BACKENDS, PREFERENCE, select_backend
 from ..bundle.arrays import Float64Array
@@ -26,6 +27,7 @@ from ..bundle.manifest import GOLDEN_NAME
 from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer
 from . import timing
+from .beliefs import belief_figures
 from .processes import Peers, Start, StartError, measure_start, open_peers
 from .report import Report, missing_lines
 from .timing import BESIDE
@@ -72,16 +74,20 @@ def _about(seconds: float) -> str:
 def expectation(config: Config, tokenizers: Sequence[ActionTokenizer], others: Sequence[ActionTokenizer] = ()) -> str:
     """What is about to be done, and about how long it takes: a GPU's own figures and the peers' come on top."""
     names = ", ".join(tokenizer.backend.name for tokenizer in tokenizers)
-    # Encoding and decoding, with the tokenizer's checks and without.
+    # Encoding and decoding, with the tokenizer's checks and without; and distributions of one chunk.
     figures = sum(2 * (1 + len(tokenizer.model.key_prefixes)) for tokenizer in (*tokenizers, *others))
+    beliefs = 8 * sum(decodes_beliefs(tokenizer.backend) for tokenizer in tokenizers) if 1 in config.batches else 0
     processes = (2 * config.starts + 1) * len(tokenizers) if config.starts else 0
-    seconds = processes * _START_SECONDS + len(config.batches) * config.rounds * figures * timing.ROUND_SECONDS
+    seconds = (
+        processes * _START_SECONDS + (len(config.batches) * figures + beliefs) * config.rounds * timing.ROUND_SECONDS
+    )
+    more = f", and {counted(beliefs, 'figure')} of distributions" if beliefs else ""
     starts = f"{counted(processes, 'new process', 'new processes')}, then " if processes else ""
     chunks = " and ".join(counted(batch, "chunk") for batch in config.batches)
     is_long = config.rounds > QUICK_ROUNDS
     return (
         f"measuring {names}: {starts}{counted(config.rounds, 'round')} of {counted(figures, 'figure')} with {chunks} a "
-        f"call: {_about(seconds)} where nothing else runs{'; --quick takes a tenth' if is_long else ''}"
+        f"call{more}: {_about(seconds)} where nothing else runs{'; --quick takes a tenth' if is_long else ''}"
     )
 
 
@@ -207,6 +213,9 @@ class _Run:
         for tokenizer, batch in batches:
             name = tokenizer.backend.name
             yield from timing.host_figures(tokenizer, batch, has_copies=name in GPU_BACKENDS)
+            if size == 1:
+                # A policy says one chunk at a time, and its logits are many times as large as the chunk.
+                yield from belief_figures(tokenizer)
             if gpu is not None and name in GPU_BACKENDS:
                 with self._noting(f"{name}, device, batch {size}", InferenceError):
                     yield from gpu.device_figures(arrays, tokenizer, batch)

@@ -46,7 +46,8 @@ class Figure:
 
     take: times that many warm calls, float64 [calls] in microseconds; floor: the `operation` of the figure of path
     `floor` and of the same batch that bounds this one; bytes_in, bytes_out: what a call reads and writes; operations:
-    in float32, where a fused multiply-add counts as two.
+    in float32, where a fused multiply-add counts as two; compared: the operation of the same backend, path and batch
+    that this one does more than.
     """
 
     backend: str
@@ -58,6 +59,7 @@ class Figure:
     bytes_in: int = 0
     bytes_out: int = 0
     operations: int = 0
+    compared: str = ""
 
     @property
     def label(self) -> str:
@@ -69,9 +71,10 @@ class Row:
     """A figure as measured, in microseconds over all calls of all rounds.
 
     jitter: p99 - p50. A percentile that too few calls cannot give is None, and so is the jitter. times_floor: p50 over
-    the floor's p50; times_beside: over that of the same call of the bundle beside. steps_per_second: control steps,
-    from p50. bandwidth_share: the time that the call's bytes need at the measured copy bandwidth, over p50.
-    roofline_share: the same for the bytes, or for the operations at the measured rate if they take longer.
+    the floor's p50; times_beside: over that of the same call of the bundle beside; times_decode: over that of decoding
+    tokens, of what decodes distributions. steps_per_second: control steps, from p50. bandwidth_share: the time that
+    the call's bytes need at the measured copy bandwidth, over p50. roofline_share: the same for the bytes, or for the
+    operations at the measured rate if they take longer.
     """
 
     backend: str
@@ -88,6 +91,7 @@ class Row:
     floor: str = ""
     times_floor: float | None = None
     times_beside: float | None = None
+    times_decode: float | None = None
     steps_per_second: float | None = None
     bandwidth_share: float | None = None
     roofline_share: float | None = None
@@ -166,6 +170,7 @@ def summarise(taken: Mapping[Figure, Float64Array], chunk_length: int) -> list[R
         p50, p99 = medians[figure], percentile(samples, 99)
         floor = floors.get((figure.floor, figure.batch))
         beside = calls.get((figure.backend + BESIDE, figure.operation, figure.path, figure.batch))
+        decode = calls.get((figure.backend, figure.compared, figure.path, figure.batch))
         share, roofline = _bandwidth_share(figure, p50, bandwidths), None
         if figure.path == "device" and share is not None and figure.operations and figure.batch in rates:
             roofline = max(share, figure.operations / rates[figure.batch] / p50)
@@ -185,6 +190,7 @@ def summarise(taken: Mapping[Figure, Float64Array], chunk_length: int) -> list[R
                 floor="" if floor is None else figure.floor,
                 times_floor=None if floor is None else p50 / floor,
                 times_beside=None if beside is None else p50 / beside,
+                times_decode=None if decode is None else p50 / decode,
                 steps_per_second=None if figure.path == "floor" else figure.batch * chunk_length / p50 * 1e6,
                 bandwidth_share=share,
                 roofline_share=roofline,
@@ -292,7 +298,8 @@ def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) 
             )
         operation = operation_name(model, prefix)
         floor = copies_name(operation) if has_copies else ""
-        yield Figure(backend.name, operation, path, batch.size, functools.partial(time_calls, call), floor, *sizes)
+        take = functools.partial(time_calls, call)
+        yield Figure(backend.name, operation, path, batch.size, take, floor, bytes_in=sizes[0], bytes_out=sizes[1])
 
 
 def operations_of(model: ModelEntry, prefix: int | None) -> int:

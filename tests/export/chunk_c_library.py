@@ -5,7 +5,7 @@ What is judged is the class by its cost, and every latent by the cell that its b
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,12 @@ FINGERPRINT = "f" * 64
 DECODE_ERROR = 1e-6
 
 
-def write_code(folder: Path, tokenizer: ChunkTokenizer) -> Path:
-    """Header and source in `folder`, which is also returned."""
+def write_code(folder: Path, tokenizer: ChunkTokenizer, alter: Callable[[str], str] = str) -> Path:
+    """Header and source in `folder`, which is also returned. alter: what becomes of the source."""
     folder.mkdir(parents=True, exist_ok=True)
     generated = c_chunk_tokenizer(plan_chunk_code(tokenizer), FINGERPRINT)
     (folder / HEADER_NAME).write_text(generated.header, encoding="utf-8")
-    (folder / SOURCE_NAME).write_text(generated.source, encoding="utf-8")
+    (folder / SOURCE_NAME).write_text(alter(generated.source), encoding="utf-8")
     return folder
 
 
@@ -43,9 +43,14 @@ class Library:
     """Functions return their status, and what they wrote over `UNTOUCHED`. tokenizer: in float64."""
 
     def __init__(
-        self, folder: Path, tokenizer: ChunkTokenizer, flags: Sequence[str] = QUICK, compiler: str = "gcc"
+        self,
+        folder: Path,
+        tokenizer: ChunkTokenizer,
+        flags: Sequence[str] = QUICK,
+        compiler: str = "gcc",
+        alter: Callable[[str], str] = str,
     ) -> None:
-        write_code(folder, tokenizer)
+        write_code(folder, tokenizer, alter)
         run([compiler, *flags, "-fPIC", "-shared", SOURCE_NAME, "-o", "library.so"], folder)
         self.tokenizer, self.sizes = tokenizer, tokenizer.sizes
         self._library = ctypes.CDLL(str(folder / "library.so"))

@@ -252,9 +252,11 @@ def test_a_sum_that_half_precision_has_rounded_is_divided_by(library_of: Library
 
 
 def check_refused(library: Library, given: Array, *, is_logits: bool) -> None:
-    status, *outputs = library.believe(given, is_logits=is_logits)
-    assert status == ILLEGAL_VALUE
-    assert all((output == UNTOUCHED).all() for output in outputs)
+    """Also in a token of the mode, whose likeliest level alone is decoded."""
+    for keeps_mode in (False, True):
+        status, *outputs = library.believe(given, is_logits=is_logits, keeps_mode=keeps_mode, coarse=given.shape[3])
+        assert status == ILLEGAL_VALUE
+        assert all((output == UNTOUCHED).all() for output in outputs)
 
 
 @pytest.mark.parametrize("place", [0, 7, -1])

@@ -340,10 +340,13 @@ def test_an_arm_processor_gives_the_same_answers(mode: DeployMode, codes: Codes)
 #: with -march=x86-64-v3. For a version that is not there, the test skips and says in its reason what it measured (-rs).
 BUDGETS: dict[str, dict[str, dict[str, int]]] = json.loads((FOLDER / "budgets.json").read_text(encoding="utf-8"))
 
+#: Whether a call has logits, and whether it wants standard deviations.
+BELIEFS = {"probabilities": (0, 0), "probabilities, std": (0, 1), "logits": (1, 0), "logits, std": (1, 1)}
 
-def count(program: Path, folder: Path, encodes: int, decodes: int) -> int:
+
+def count(program: Path, folder: Path, encodes: int, decodes: int, *beliefs: int) -> int:
     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", program]
-    printed = run([*command, folder / "actions", folder / "counted", encodes, decodes], folder)
+    printed = run([*command, folder / "actions", folder / "counted", encodes, decodes, *beliefs], folder)
     found = re.search(r"Collected : (\d+)", printed)
     assert found is not None, printed
     return int(found[1])
@@ -364,6 +367,8 @@ def test_a_chunk_takes_no_more_instructions_than_its_budget(mode: DeployMode, co
         "encode": (count(program, folder, 201, 1) - once) / 200,
         "decode": (count(program, folder, 1, 201) - once) / 200,
     }
+    for name, way in BELIEFS.items() if not mode.has_stats else ():
+        found[name] = (count(program, folder, 1, 1, *way, 200) - once) / 200
     if version not in BUDGETS:
         pytest.skip(
             f"no budget for gcc {version}, which takes {found} instructions; add 10 % and record it in "

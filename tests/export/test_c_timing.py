@@ -39,12 +39,16 @@ def check(printed: str, recipe: Recipe, steps: int, calls: int = 100_000) -> Non
     first, heading, *lines = printed.splitlines()
     assert first == f"fingerprint {fingerprint_of(recipe)[:16]}, {steps} steps"
     assert heading.startswith(f"one chunk of 8 steps, {calls} calls ")
-    single, batches = lines[:3], lines[3:]
-    for name, line in zip(("empty call", "encode", "decode"), single, strict=True):
-        found = re.fullmatch(rf"{name} +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER}", line)
+    # No policy predicts the statistics of a dynamic model.
+    beliefs = () if recipe.mode.has_stats else ("probabilities", "probabilities, std", "logits", "logits, std")
+    names = ("empty call", "encode", "decode", *beliefs)
+    single, batches = lines[: len(names)], lines[len(names) :]
+    for name, line in zip(names, single, strict=True):
+        found = re.fullmatch(rf"{name} +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER}", line)
         assert found is not None, line
-        median, p99, late, _ = map(float, found.groups())
+        median, p99, late, _, times_decode = map(float, found.groups())
         assert 0 <= median <= p99 <= late
+        assert times_decode == {"empty call": 0, "decode": 1}.get(name, times_decode)
     sizes = []
     for line in batches:
         found = re.fullmatch(rf"(encode|decode) (\d+) chunks a call: {NUMBER} ns a step, {NUMBER} steps a second", line)
@@ -85,6 +89,7 @@ def test_a_prefix_can_be_timed_within_its_arrays(mode: DeployMode, tmp_path: Pat
     # which needs a quarter of it for code that is not unrolled.
     flags = [
         "-DDECODE=rfsq_decode_l3",
+        "-DBELIEVE=rfsq_decode_beliefs_l3",
         "-DLAYERS=3",
         "-DSINGLE_CALLS=2000",
         "-O1",

@@ -191,14 +191,42 @@ def test_certain_tokens_give_the_bits_of_decode(flags: tuple[str, ...], tmp_path
         check_certain(library, 100, length)
 
 
-def test_of_classes_as_likely_the_first_is_the_mode(library: Library) -> None:
-    classes = np.zeros((1, 6), np.float32)
-    classes[0, 0] = -1
-    bits = random_pair(SIZES, 1, 5, 2)[1]
-    tied = library.believe((classes, bits), is_logits=True, keeps_mode=True)
-    alone = library.believe((one_hot(np.int32([1]), 6, is_logits=True), bits), is_logits=True)
-    for one, other in zip(tied[:3], alone[:3], strict=True):
-        np.testing.assert_array_equal(one, other)
+def check_ties(library: Library) -> None:
+    """The class that is named is the one that is decoded; of classes as likely, the first."""
+    count, bits = library.sizes.num_classes, np.full((1, num_bits(library.sizes, 3)), 0.75, np.float32)
+    near = 1 + np.random.default_rng(11).integers(-4, 5, (40, count)) * np.finfo(np.float32).eps
+    for classes in near.astype(np.float32)[:, None]:
+        for own, is_logits in ((classes, True), (classes / count, False)):
+            tied = library.believe((own, bits), is_logits=is_logits, keeps_mode=True)
+            [mode] = tied[4]
+            assert own[0, mode] == pytest.approx(own.max(), rel=1e-6)
+            assert own[0, mode] > own[0, :mode].max(initial=-np.inf) or is_logits
+            certain = one_hot(np.int32([mode]), count, is_logits=is_logits)
+            alone = library.believe((certain, bits), is_logits=is_logits)
+            for one, other in zip(tied[:3], alone[:3], strict=True):
+                np.testing.assert_array_equal(one, other)
+    tied = library.believe((np.ones((1, count), np.float32), bits), is_logits=True)
+    assert tied[4] == [0]
+
+
+def test_the_class_that_is_named_is_the_one_that_is_decoded(library: Library) -> None:
+    check_ties(library)
+
+
+# --- one bit ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_of_many_bits_alone_spreads_as_exactly_as_the_first(tmp_path: Path) -> None:
+    sizes = ChunkSizes(1, 1, num_classes=2, token_bits=16, num_tokens=1)
+    library = Library(tmp_path, random_tokenizer(sizes, seed=1), NATIVE)
+    classes = one_hot(np.zeros(100, np.int32), 2, is_logits=False)
+    bits = np.random.default_rng(12).integers(2, size=(100, 15)).astype(np.float32)
+    bits[:, -1] = 0.5
+    _, actions, deviations, _, _ = library.believe((classes, bits), is_logits=False)
+    exact = known(sizes, (torch.from_numpy(classes).double(), torch.from_numpy(bits).double()))
+    belief = chunk_belief(library.tokenizer, exact, "expected", None)
+    np.testing.assert_allclose(deviations, belief.std, rtol=DEVIATION_ERROR)
+    np.testing.assert_allclose(actions, belief.actions, atol=1e-5)
 
 
 # --- batches, sizes of numbers ----------------------------------------------------------------------------------------

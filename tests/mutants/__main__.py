@@ -53,6 +53,12 @@ _BUNDLE = (
 _REFERENCE = tuple(
     f"tests/rfsq_ref/test_{name}.py" for name in ("quantizer", "rounding", "rounding_numbers", "autoencoder")
 )
+_BELIEFS = (
+    "tests/runtime/test_beliefs.py",
+    "tests/runtime/test_honest_beliefs.py",
+    "tests/runtime/bundle/test_belief_validation.py",
+    "tests/runtime/bundle/test_probabilities.py",
+)
 #: Patterns of the tests that a module answers to.
 TESTS: dict[str, tuple[str, ...]] = {
     "runtime/control/guard.py": (_CONTROL,),
@@ -72,6 +78,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "export/parity.py": ("tests/export/test_parity*.py",),
     "rfsq_ref/quantizer.py": _REFERENCE,
     "rfsq_ref/rounding.py": _REFERENCE,
+    "rfsq_ref/beliefs.py": ("tests/rfsq_ref/test_beliefs.py",),
+    "runtime/bundle/probabilities.py": _BELIEFS,
+    "runtime/bundle/belief_validation.py": _BELIEFS,
 }
 
 

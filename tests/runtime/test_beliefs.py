@@ -19,6 +19,7 @@ from rfsq.runtime.backends import graph_beliefs
 from rfsq.runtime.backends.beliefs import BeliefAnswer, BeliefQuestion
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle import backend_specs
+from rfsq.runtime.bundle.belief_validation import BeliefValidator
 from rfsq.runtime.bundle.beliefs import Belief, BeliefMode
 from rfsq.runtime.bundle.comparison import action_errors, std_error
 from rfsq.runtime.bundle.errors import IllegalValueError
@@ -253,6 +254,14 @@ def test_a_temperature_divides_logits_and_flattens_probabilities(case: Case) -> 
         np.testing.assert_allclose(of_shares.actions, expected.actions.numpy(), atol=1e-5)
 
 
+def test_one_layer_alone_may_have_a_temperature(case: Case) -> None:
+    prefix = case.tokenizer.prefixes[-1]
+    logits, each = case.logits(prefix), np.ones(prefix, np.float32)
+    each[-1] = 3
+    found = case.tokenizer.decode_probabilities(softmax(logits), temperature=each)
+    case.assert_is(found, case.expected(logits / each[:, None], "expected"))
+
+
 def test_class_and_bits_have_temperatures_of_their_own(chunks: Case) -> None:
     classes, bits = chunks.pair(3)
     each = np.linspace(0.5, 3, 1 + bits.shape[1]).astype(np.float32)
@@ -284,7 +293,9 @@ def test_samples_are_drawn_as_the_seed_has_it_and_as_often_as_they_are_likely(ca
     else:
         likely, found = shares[0, 0, 0, 0], np.bincount(belief.mode[:, 0, 0, 0], minlength=5) / count
     assert np.abs(found - likely).max() < 0.05
-    assert (belief.mode_probability == case.tokenizer.decode_logits(logits[:1]).mode_probability).all()
+    # Of samples numpy says it, in float64.
+    expected = case.tokenizer.decode_logits(logits[:1]).mode_probability
+    np.testing.assert_allclose(belief.mode_probability, np.repeat(expected, count), rtol=1e-6)
 
 
 def test_a_sample_of_classes_and_bits_is_the_tokens_that_were_drawn(chunks: Case) -> None:
@@ -297,6 +308,16 @@ def test_a_sample_of_classes_and_bits_is_the_tokens_that_were_drawn(chunks: Case
     drawn = chunks.tokenizer.decode_probabilities((one_hot(belief.mode, 6), certain), mode="sample", seed=0)
     assert (drawn.mode == belief.mode).all()
     assert not drawn.std.any()
+
+
+def test_a_class_and_its_bits_are_drawn_independently(chunks: Case) -> None:
+    classes, bits = chunks.pair(9, 1)
+    classes[...], bits[...] = -np.inf, 1e30
+    classes[:, :2], bits[:, 0] = 0, 0
+    pair = np.repeat(classes, 100, axis=0), np.repeat(bits, 100, axis=0)
+    belief = chunks.tokenizer.decode_logits(pair, mode="sample", seed=5)
+    # Two classes, each with both values of the one bit that is unsure.
+    assert len({(int(mode), actions.tobytes()) for mode, actions in zip(belief.mode, belief.actions, strict=True)}) == 4
 
 
 def test_a_sample_s_deviation_is_that_within_its_mode(steps: Case) -> None:
@@ -532,3 +553,23 @@ def test_layers_that_were_not_built_are_refused(steps: Case) -> None:
 def test_modes_and_seeds_that_make_no_sense_are_refused(steps: Case, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         steps.tokenizer.decode_logits(steps.logits(3), **options)
+
+
+def test_arrays_that_come_again_are_not_validated_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a control loop saves. Others are, and the same in another way; and all where a backend checks no values."""
+    validated: list[object] = []
+    given = BeliefValidator.given
+
+    def noting(self: BeliefValidator, value: object, **how: Any) -> Any:
+        validated.append(value)
+        return given(self, value, **how)
+
+    monkeypatch.setattr(BeliefValidator, "given", noting)
+    logits = case.logits(case.tokenizer.prefixes[-1], 1)
+    other, out = logits.copy(), np.empty(case.tokenizer.model.actions_shape(1), np.float32)
+    for array in (logits, logits, other, other, other):
+        case.tokenizer.decode_logits_into(array, out)
+    case.tokenizer.decode_logits_into(other, out, mode="likeliest mode")
+    every = [logits, logits, other, other, other, other]
+    expected = [logits, other, other] if case.tokenizer.backend.checked_steps else every
+    assert list(map(id, validated)) == list(map(id, expected))

@@ -28,6 +28,7 @@ from rfsq.export.plan import DeployMode
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.benchmark import command as bench
 from rfsq.runtime.benchmark import run as bench_run
+from rfsq.runtime.benchmark.beliefs import belief_figures
 from rfsq.runtime.benchmark.processes import Start, StartError, measure_start, open_peers
 from rfsq.runtime.benchmark.report import (
     SCHEMA_VERSION,
@@ -59,7 +60,7 @@ from rfsq.runtime.benchmark.timing import (
 from rfsq.runtime.bundle.errors import BackendUnavailableError, InferenceError, InvalidInputError
 from rfsq.runtime.bundle.folder import open_bundle
 from tests.backends import offer
-from tests.bundles import SMALL, Recipe, deploy, make_manifest
+from tests.bundles import SMALL, Recipe, deploy, make_manifest, write_bundle
 from tests.chunk_bundles import SMALL as CHUNK_SIZES
 from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
 from tests.rfsq_ref import published_model
@@ -290,6 +291,48 @@ def test_of_chunk_tokens_few_all_and_the_first_of_budgets_are_decoded(tmp_path: 
     }
 
 
+BELIEFS = ("probabilities", "probabilities, std", "logits", "logits, std")
+
+
+@pytest.mark.parametrize(
+    ("write", "values", "chunk"),
+    [
+        (lambda root: write_bundle(root, Recipe()), 2 * 4 * 3 * 5, 2 * 3),
+        (lambda root: write_chunk_bundle(root, ChunkRecipe()), 9 * 2**CHUNK_SIZES.token_bits, 4 * 3),
+    ],
+    ids=["per-step", "chunk"],
+)
+def test_distributions_of_one_chunk_are_measured_with_and_without_std(
+    write: Callable[[Path], Path], values: int, chunk: int, tmp_path: Path
+) -> None:
+    with ActionTokenizer.load(write(tmp_path / "bundle"), backend="onnxruntime") as tokenizer:
+        figures = list(belief_figures(tokenizer))
+        for found in figures:
+            found.take(1)
+    assert [(found.path, found.operation) for found in figures] == [
+        (path, operation) for path in ("host", "unchecked") for operation in BELIEFS
+    ]
+    assert {(found.batch, found.compared, found.bytes_in) for found in figures} == {(1, "decode", values * 4)}
+    written = {found.operation: found.bytes_out for found in figures}
+    assert written == dict(zip(BELIEFS, (chunk * 4, (2 * chunk + 1) * 4) * 2, strict=True))
+
+
+def test_what_decodes_no_distributions_has_no_figures_of_them(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "bundle", Recipe(DeployMode.DYNAMIC))
+    with ActionTokenizer.load(folder, backend="onnxruntime") as tokenizer:
+        assert list(belief_figures(tokenizer)) == []
+
+
+def test_distributions_are_held_against_decoding_by_the_same_path(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "bundle", Recipe())
+    report = bench_run.bench(bench_run.Config(folder, ("onnxruntime",), batches=(1, 2), rounds=1, starts=0))
+    medians = {(found.path, found.batch): found.p50 for found in report.rows if found.operation == "decode"}
+    ratios = {(found.operation, found.path, found.batch): found for found in report.rows if found.times_decode}
+    assert set(ratios) == {(operation, path, 1) for operation in BELIEFS for path in ("host", "unchecked")}
+    for found in ratios.values():
+        assert found.times_decode == pytest.approx(found.p50 / medians[found.path, 1])
+
+
 def test_peers_of_chunk_tokens_are_missing_with_the_reason(tmp_path: Path) -> None:
     folder = write_chunk_bundle(tmp_path / "bundle", ChunkRecipe())
     report = bench_run.bench(
@@ -375,14 +418,14 @@ def test_a_report_survives_json() -> None:
 
 def test_the_json_has_this_form() -> None:
     content = json.loads(report_json(REPORT))
-    assert content["schema_version"] == 3
+    assert content["schema_version"] == 4
     assert set(content) == {
         "schema_version", "machine", "bundle", "backends", "starts", "rows", "bandwidths", "arithmetic", "missing",
         "remarks",
     }  # fmt: skip
     assert set(content["rows"][0]) == {
         "backend", "operation", "path", "batch", "calls", "p50", "p90", "p99", "p999", "max", "jitter", "floor",
-        "times_floor", "times_beside", "steps_per_second", "bandwidth_share", "roofline_share",
+        "times_floor", "times_beside", "times_decode", "steps_per_second", "bandwidth_share", "roofline_share",
     }  # fmt: skip
     assert content["rows"][2]["p999"] is None
 
@@ -582,8 +625,8 @@ def test_it_says_first_what_it_does_and_how_long_that_takes_and_then_how_far_it_
     monkeypatch.setattr(bench_run, "measure_start", start)
     assert bench.main([str(bundle), "--batch", "1", "2", "--rounds", "20", "--starts", "3"]) == 0
     assert said == [
-        "measuring onnxruntime: 7 new processes, then 20 rounds of 6 figures with 1 chunk and 2 chunks a call: "
-        "about 17 s where nothing else runs; --quick takes a tenth\n"
+        "measuring onnxruntime: 7 new processes, then 20 rounds of 6 figures with 1 chunk and 2 chunks a call, and "
+        "8 figures of distributions: about 26 s where nothing else runs; --quick takes a tenth\n"
     ]
 
 
@@ -661,7 +704,10 @@ def test_the_script_runs_from_any_folder_without_torch_and_matplotlib_and_on_any
         capture_output=True,
         check=False,
     )
-    said = b"measuring onnxruntime: 1 round of 6 figures with 1 chunk a call: less than 1 s where nothing else runs\n"
+    said = (
+        b"measuring onnxruntime: 1 round of 6 figures with 1 chunk a call, and 8 figures of distributions: "
+        b"less than 1 s where nothing else runs\n"
+    )
     assert (result.returncode, result.stderr) == (0, said)
     assert b"no bench.png" in result.stdout
     assert (tmp_path / "out" / "bench.json").is_file()
@@ -1071,7 +1117,8 @@ def test_gpu_calls_stand_beside_their_floors(gpu_backend: Any, bundle: Path, mon
     report = bench_run.bench(bench_run.Config(bundle, batches=(1, 64), rounds=1, starts=0))
     assert list(report.backends) == ["tensorrt-rtx", "onnxruntime"]
     for batch in (1, 64):
-        rows = [found for found in report.rows if found.batch == batch]
+        # Of distributions no copies are measured alone.
+        rows = [found for found in report.rows if found.batch == batch and found.times_decode is None]
         assert [found.operation for found in rows if found.path == "floor"] == [
             "trivial kernel", "copies of encode", "copies of decode", "copies of decode l2",
         ]  # fmt: skip

@@ -117,6 +117,10 @@ def test_the_largest_logits_are_taken() -> None:
         ((uniform(2, 6), uniform(2, 6)), r"bits have shape \[2, 6\]; .*, 5 and then 8 more .*, 69 at most"),
         ((uniform(2, 6), np.empty((2, 0), np.float32)), r"bits have shape \[2, 0\]"),
         ((uniform(2, 6), uniform(2, 77)), r"bits have shape \[2, 77\]"),
+        (([[0.5] * 6] * 2, uniform(2, 5)), r"^classes is a builtins.list; expected a numpy.ndarray"),
+        ((uniform(2, 6), [[0.5] * 5] * 2), r"^bits is a builtins.list; expected a numpy.ndarray"),
+        ((uniform(2, 6).astype(complex), uniform(2, 5)), r"^classes have type complex128"),
+        ((uniform(2, 6), uniform(2, 5).astype(complex)), r"^bits have type complex128"),
         ((uniform(2, 6) / 2, uniform(2, 5)), r"classes\[0\] sum to 0\.5"),
         ((uniform(2, 6), changed(uniform(2, 5), (1, 3), 1.01)), r"bits\[1, 3\] is 1\.0"),
         ((uniform(2, 6), changed(uniform(2, 5), (1, 3), np.nan)), r"bits\[1, 3\] is nan"),
@@ -215,6 +219,7 @@ def test_a_temperature_is_one_for_all_or_one_for_each() -> None:
     given = steps.given(uniform(1, 2, 4, 3, 5), is_logits=False)
     assert steps.sharpness(2, given).tolist() == [0.5, 0.5, 0.5]
     assert steps.sharpness([1, 2, 4], given).tolist() == [1, 0.5, 0.25]
+    np.testing.assert_array_equal(steps.sharpness([1e-30, 1, 1e30], given), np.float32([1e30, 1, 1e-30]))
     pair = chunks.given((uniform(1, 6), uniform(1, 5)), is_logits=False)
     assert chunks.sharpness(1.0, pair).tolist() == [1] * 6
     with pytest.raises(InvalidInputError, match=r"\[6\], one for each class and bit"):
