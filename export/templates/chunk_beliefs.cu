@@ -82,9 +82,17 @@ struct Reading {
 template <int COUNT> __device__ __forceinline__ Reading reading_of(const Question &question, const float *given, int i)
 {
     float largest = -infinity();
+    if constexpr (COUNT % (4 * WARP) == 0) {
 #pragma unroll 8
-    for (int place = threadIdx.x % WARP; place < COUNT; place += WARP)
-        largest = fmaxf(largest, given[place]);
+        for (int place = threadIdx.x % WARP; place < COUNT / 4; place += WARP) {
+            const float4 four = reinterpret_cast<const float4 *>(given)[place];
+            largest = fmaxf(fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)), largest);
+        }
+    } else {
+#pragma unroll 8
+        for (int place = threadIdx.x % WARP; place < COUNT; place += WARP)
+            largest = fmaxf(largest, given[place]);
+    }
     return {question.has(IS_LOGITS), largest_of_lanes(largest), question.scale(i)};
 }
 
@@ -232,6 +240,19 @@ __device__ __forceinline__ bool read_word_classes(const Reading &reading, const 
     return is_illegal;
 }
 
+/* The bits of the first word behind the number of class c, by one warp. */
+__device__ __forceinline__ void read_first_bits(const Reading &reading, const float *words, int c, float *bits)
+{
+    if constexpr (ROOM > 0) {
+        bool is_illegal = false;
+        float half = halves<ROOM>(reading, words + (c << ROOM), is_illegal);
+        /* Numbers behind the last class mean it, too. */
+        for (int number = c + 1; c == ESCAPE && number < 1 << CLASS_BITS; ++number)
+            half += halves<ROOM>(reading, words + (number << ROOM), is_illegal);
+        write_bits<ROOM>(half, bits + CLASS_BITS);
+    }
+}
+
 /* The same of a pair, and its bits. */
 __device__ __forceinline__ bool read_pair(const Question &question, const Reading &reading, const float *classes,
                                           const float *bits, Known &known)
@@ -278,18 +299,20 @@ __device__ __forceinline__ Mixture mixture_of(const float *weights)
     return found;
 }
 
-/* All of it, by all threads of a block; waits for the blocks that go before. Whether all is legal. */
-__device__ __forceinline__ bool read_chunk(const Question &question, const float *classes, const float *bits,
-                                           Slot *slot, Known &known, Mixture &mixture)
+/* All of it, of words for class c, by all threads of a block; waits for the blocks that go before. Whether all is
+ * legal. */
+__device__ __forceinline__ bool read_chunk(const Question &question, const float *classes, const float *bits, int c,
+                                           Slot *slot, Reading &reading, Known &known, Mixture &mixture)
 {
     bool is_illegal;
-    Reading reading;
     if (question.is_pair()) {
         reading = reading_of<ALL_CLASSES>(question, classes, 0);
         is_illegal = read_pair(question, reading, classes, bits, known);
     } else {
         reading = reading_of<VOCABULARY>(question, bits, 0);
         is_illegal = read_word_classes(reading, bits, known.weights);
+        if (threadIdx.x < WARP)
+            read_first_bits(reading, bits, c, known.bits);
         if (question.num_tokens > 1) {
             if (threadIdx.x == 0) {
                 while (*(volatile unsigned *)&slot->told != (unsigned)question.num_tokens - 1) {
@@ -392,18 +415,20 @@ struct LatentPart {
 /* What is loaded of a class for the values that threads have first. */
 struct ClassPart {
     static constexpr bool ARE_HELD = 4 * N <= FEW_THREADS && QUARTER <= 16, HAS_LATENT_EACH = 4 * PADDED <= FEW_THREADS;
-    float held[ARE_HELD ? QUARTER : 1];
+    float held[ARE_HELD ? QUARTER : 1], mean, unit, offset;
     LatentPart latent;
 
     __device__ __forceinline__ void load(int c, int num_tokens)
     {
         const int n = threadIdx.x / 4 < N ? threadIdx.x / 4 : N - 1, m = threadIdx.x / 4 < PADDED ? threadIdx.x / 4 : 0;
-        if constexpr (ARE_HELD)
+        if constexpr (HAS_LATENT_EACH)
+            latent.load(c, m, num_tokens);
+        if constexpr (ARE_HELD) {
 #pragma unroll
             for (int i = 0; i < QUARTER; ++i)
                 held[i] = DECODER_BASIS[c][threadIdx.x % 4 * QUARTER + i][n];
-        if constexpr (HAS_LATENT_EACH)
-            latent.load(c, m, num_tokens);
+            mean = MEAN[c][n], unit = UNITS[n], offset = OFFSETS[n];
+        }
     }
 };
 
@@ -437,8 +462,10 @@ __device__ __forceinline__ void believe_class(ClassPart &part, int c, const floa
 #pragma unroll
         for (int q = 3; q >= 0; --q)
             sum += __shfl_sync(ALL_LANES, part_sum, q, 4), variance += __shfl_sync(ALL_LANES, part_variance, q, 4);
+        if (!ClassPart::ARE_HELD)
+            part.mean = MEAN[c][n], part.unit = UNITS[n], part.offset = OFFSETS[n];
         if (wanted < N && quarter == 0)
-            put_value(n, clamped(MEAN[c][n] + sum), fminf(variance, 1.0f));
+            put_value(n, clamped(part.mean + sum), fminf(variance, 1.0f), part.unit, part.offset);
     }
 }
 
@@ -492,7 +519,7 @@ __device__ __forceinline__ void believe_escape(const float *bits, int num_bits, 
             cell = 2 * cell + one_of(code[place]), variance = fmaf(4.0f, variance, variance_of(code[place]));
             levels *= 2;
         }
-        put_value(n, (2 * cell + 1) / levels - 1, variance * (2 / levels) * (2 / levels));
+        put_value(n, (2 * cell + 1) / levels - 1, variance * (2 / levels) * (2 / levels), UNITS[n], OFFSETS[n]);
     }
 }
 
@@ -506,11 +533,12 @@ __device__ __forceinline__ void put_mode(const Answer &answer, Chunks chunk, flo
         answer.mode[chunk] = likeliest;
 }
 
-__device__ __forceinline__ void put_value(const Answer &answer, Chunks chunk, int n, float value, float variance)
+__device__ __forceinline__ void put_value(const Answer &answer, Chunks chunk, int n, float value, float variance,
+                                          float unit, float offset)
 {
-    put(answer.actions + chunk * N + n, value, UNITS[n], OFFSETS[n], false);
+    put(answer.actions + chunk * N + n, value, unit, offset, false);
     if (answer.deviations != nullptr)
-        answer.deviations[chunk * N + n] = sqrtf(fmaxf(variance, 0.0f)) * UNITS[n];
+        answer.deviations[chunk * N + n] = sqrtf(fmaxf(variance, 0.0f)) * unit;
 }
 
 __device__ __forceinline__ void mark(const Answer &answer, Chunks chunk)
@@ -528,19 +556,30 @@ __device__ __forceinline__ void mark(const Answer &answer, Chunks chunk)
 __device__ __forceinline__ void mix(const Answer &answer, Chunks chunk, const Known &known, const Mixture &mixture,
                                     const Slot *slot)
 {
+    /* So many are on their way at once. */
+    constexpr int EACH = (ALL_CLASSES + 3) / 4, BATCH = EACH < 20 ? EACH : 20;
     const float inverse = 1 / mixture.total;
     for (int turn = 0; turn < N; turn += FEW_THREADS / 4) {
         const int wanted = turn + threadIdx.x / 4, n = wanted < N ? wanted : N - 1;
+        const float unit = UNITS[n], offset = OFFSETS[n];
         /* From the likeliest class on: so what nearly all have in common takes part in no sum. */
         const float from = __ldcg(&slot->found[mixture.likeliest][0][n]);
         float shift = 0, square = 0;
-#pragma unroll 4
-        for (int c = threadIdx.x % 4; c < ALL_CLASSES; c += 4) {
-            const float share = known.weights[c] * inverse;
-            if (known.weights[c] > 0) {
-                const float own = __ldcg(&slot->found[c][0][n]) - from;
+        for (int first = threadIdx.x % 4; first < ALL_CLASSES; first += 4 * BATCH) {
+            float values[BATCH], variances[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int c = first + 4 * i < ALL_CLASSES ? first + 4 * i : ESCAPE;
+                values[i] = __ldcg(&slot->found[c][0][n]), variances[i] = __ldcg(&slot->found[c][1][n]);
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int c = first + 4 * i;
+                /* Of a class that cannot be, nobody has written anything. */
+                const float weight = c < ALL_CLASSES ? known.weights[c] : 0, share = weight * inverse;
+                const float own = weight > 0 ? values[i] - from : 0, variance = weight > 0 ? variances[i] : 0;
                 shift = fmaf(share, own, shift);
-                square = fmaf(share, fmaf(own, own, __ldcg(&slot->found[c][1][n])), square);
+                square = fmaf(share, fmaf(own, own, variance), square);
             }
         }
 #pragma unroll
@@ -549,8 +588,15 @@ __device__ __forceinline__ void mix(const Answer &answer, Chunks chunk, const Kn
             square += __shfl_xor_sync(ALL_LANES, square, distance);
         }
         if (wanted < N && threadIdx.x % 4 == 0)
-            put_value(answer, chunk, n, from + shift, square - shift * shift);
+            put_value(answer, chunk, n, from + shift, square - shift * shift, unit, offset);
     }
+}
+
+/* Whether all other blocks that decode classes of the chunk are through; asked once by each. */
+__device__ __forceinline__ bool is_last_of(const Question &question, Slot *slot)
+{
+    const unsigned last = question.consumers - 1;
+    return atomicInc(&slot->done, last) == last;
 }
 
 /* Every consumers-th class of a chunk, and what all make of it where this block is through last. */
@@ -566,6 +612,7 @@ __device__ __forceinline__ void consume(const Question &question, const Answer &
     const float *const bits = question.bits + chunk * numbers;
     const bool wants_variance = answer.deviations != nullptr;
     Mixture mixture = {};
+    Reading reading = {};
     bool is_read = false, is_legal = true, is_only = false;
     auto is_skipped = [&](int c) {
         return question.has(KEEPS_MODE) ? c != mixture.likeliest : !(known.weights[c] > 0);
@@ -578,27 +625,20 @@ __device__ __forceinline__ void consume(const Question &question, const Answer &
         if (c < ESCAPE)
             part.load(c, question.num_tokens);
         if (!is_read) {
-            is_legal = read_chunk(question, classes, bits, slot, known, mixture), is_read = true;
+            is_legal = read_chunk(question, classes, bits, c, slot, reading, known, mixture), is_read = true;
             is_only = question.has(KEEPS_MODE) || mixture.possible == 1;
             if (!is_legal || is_skipped(c))
                 continue;
+        } else {
+            /* Nobody reads any more what is known of the class before. */
+            __syncthreads();
+            if (!question.is_pair() && threadIdx.x < WARP)
+                read_first_bits(reading, bits, c, known.bits);
+            __syncthreads();
         }
-        /* Nobody reads any more what is known of the class before. */
-        __syncthreads();
-        if constexpr (ROOM > 0)
-            if (!question.is_pair() && threadIdx.x < WARP) {
-            const Reading reading = reading_of<VOCABULARY>(question, bits, 0);
-            bool is_illegal = false;
-            float half = halves<ROOM>(reading, bits + (c << ROOM), is_illegal);
-            /* Numbers behind the last class mean it, too. */
-            for (int number = c + 1; c == ESCAPE && number < 1 << CLASS_BITS; ++number)
-                half += halves<ROOM>(reading, bits + (number << ROOM), is_illegal);
-            write_bits<ROOM>(half, known.bits + CLASS_BITS);
-        }
-        __syncthreads();
-        auto put_found = [&](int n, float value, float variance) {
+        auto put_found = [&](int n, float value, float variance, float unit, float offset) {
             if (is_only)
-                put_value(answer, chunk, n, value, variance);
+                put_value(answer, chunk, n, value, variance, unit, offset);
             else
                 slot->found[c][0][n] = value, slot->found[c][1][n] = variance;
         };
@@ -611,10 +651,16 @@ __device__ __forceinline__ void consume(const Question &question, const Answer &
     }
     if (!is_legal && consumer == 0)
         mark(answer, chunk);
+    if (!is_legal || is_only) {
+        /* All blocks know, and nobody waits for what they have found. */
+        if (!question.is_pair() && threadIdx.x == 0 && is_last_of(question, slot))
+            slot->told = slot->illegal = 0;
+        return;
+    }
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        is_last = atomicInc(&slot->done, question.consumers - 1) == (unsigned)question.consumers - 1;
+        is_last = is_last_of(question, slot);
         __threadfence();
     }
     __syncthreads();
@@ -622,8 +668,6 @@ __device__ __forceinline__ void consume(const Question &question, const Answer &
         return;
     if (threadIdx.x == 0)
         slot->told = slot->illegal = 0;
-    if (!is_legal || is_only)
-        return;
     mix(answer, chunk, known, mixture, slot);
     if (threadIdx.x == 0)
         put_mode(answer, chunk, mixture.largest / mixture.total, mixture.likeliest);

@@ -243,6 +243,29 @@ def test_threads_share_a_tokenizer(here: Here) -> None:
         assert all(pool.map(ask, range(200)))
 
 
+def test_threads_bind_and_call_on_streams_of_their_own(here: Here) -> None:
+    def ask(seed: int) -> bool:
+        # More temperatures than engines keep ready: what is dropped waits while other threads capture.
+        terms: dict[str, Any] = {"temperature": 1.0 + seed % 7 / 4}
+        logits = here.logits(1 + seed % 3, here.lengths[seed % 3], seed=seed)
+        stream, outputs, again = torch.cuda.Stream(), here.outputs(len(logits[0])), here.outputs(len(logits[0]))
+        with torch.cuda.stream(stream):
+            arrays = tuple(torch.from_numpy(part).cuda() for part in logits)
+            source = arrays if len(arrays) > 1 else arrays[0]
+            bound = here.tokenizer.bind_decode_logits(source, *outputs, **terms, stream=stream)
+            bound()
+            here.tokenizer.decode_logits_into(source, *again, **terms, stream=stream)
+        stream.synchronize()
+        bound.close()
+        expected = here.tokenizer.decode_logits(logits if len(logits) > 1 else logits[0], **terms)
+        wanted = (expected.actions, expected.std, expected.mode_probability)
+        found = zip(outputs, again, wanted, strict=True)
+        return all(np.array_equal(one.cpu(), part) and np.array_equal(two.cpu(), part) for one, two, part in found)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(200)))
+
+
 def test_what_the_gpu_does_not_take_is_refused(here: Here) -> None:
     arrays = tuple(torch.from_numpy(part).cuda() for part in here.logits(2, here.lengths[0]))
     source, outputs = arrays if len(arrays) > 1 else arrays[0], here.outputs(2)
