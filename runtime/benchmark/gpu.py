@@ -12,12 +12,15 @@ from contextlib import ExitStack, closing
 import numpy as np
 from cuda.bindings import runtime as cudart
 
+from ..backends.beliefs import decodes_beliefs
 from ..backends.gpu import driver as cuda_api
 from ..backends.gpu.arrays import GpuArray, TakesGpuArrays
 from ..backends.gpu.kernels import KernelArguments, KernelLibrary, compile_kernels
 from ..bundle.arrays import AnyArray
+from ..bundle.beliefs import BeliefMode
 from ..bundle.models import ModelEntry
 from ..tokenizer import ActionTokenizer
+from .beliefs import random_distributions
 from .timing import (
     ARITHMETIC,
     BANDWIDTH,
@@ -173,6 +176,33 @@ def device_figures(scope: ExitStack, tokenizer: ActionTokenizer, batch: Batch) -
             stats = None if part.stats is None else _upload(scope, part.stats, stream)
             bound = scope.enter_context(closing(tokenizer.bind_decode(tokens, decoded, stats, stream=stream.handle)))
             yield figure(prefix, suffix, bound, [tokens, stats], [decoded])
+
+
+def device_belief_figures(scope: ExitStack, tokenizer: ActionTokenizer) -> Iterator[Figure]:
+    """Logits of one chunk that lie on the GPU, bound, of all its tokens; none where the backend takes none there.
+
+    With `std` in its name a figure writes the mode's probability as well.
+    """
+    model, backend = tokenizer.model, tokenizer.backend
+    if not decodes_beliefs(backend) or not hasattr(type(backend), "bind_decode_belief"):
+        return
+    stream = scope.enter_context(closing(cuda_api.Stream()))
+    logits = _upload(scope, random_distributions(model, is_logits=True), stream)
+    shapes = (model.actions_shape(1), model.actions_shape(1), (1,))
+    out, *others = (_upload(scope, np.zeros(shape, np.float32), stream) for shape in shapes)
+    calls: tuple[tuple[str, list[GpuArray], BeliefMode], ...] = (
+        ("logits", [], "expected"),
+        ("logits, std", others, "expected"),
+        ("logits, std, likeliest mode", others, "likeliest mode"),
+    )
+    for name, wanted, mode in calls:
+        bound = tokenizer.bind_decode_logits(logits, out, *wanted, mode=mode, stream=stream.handle)
+        take = functools.partial(time_calls, _waiting(stream, scope.enter_context(closing(bound))))
+        written = sum(array.num_bytes for array in (out, *wanted))
+        yield Figure(
+            backend.name, name, "device", 1, take, floor=TRIVIAL_KERNEL, bytes_in=logits.num_bytes, bytes_out=written,
+            compared=operation_name(model, model.depth),
+        )  # fmt: skip
 
 
 def copy_figures(scope: ExitStack, batch: int) -> Iterator[Figure]:

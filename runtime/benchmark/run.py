@@ -219,6 +219,8 @@ class _Run:
             if gpu is not None and name in GPU_BACKENDS:
                 with self._noting(f"{name}, device, batch {size}", InferenceError):
                     yield from gpu.device_figures(arrays, tokenizer, batch)
+                    if size == 1:
+                        yield from gpu.device_belief_figures(arrays, tokenizer)
         for tokenizer in self._others:
             with self._noting(f"{tokenizer.backend.name}{BESIDE}, batch {size}", InferenceError):
                 found = timing.host_figures(tokenizer, timing.random_batch(tokenizer, size), has_copies=False)

@@ -3,6 +3,7 @@ stream, captured or not."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,17 @@ def test_threads_bind_and_call_on_streams_of_their_own(here: Here) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(200)))
+
+
+def test_bench_times_logits_that_lie_on_the_gpu(here: Here) -> None:
+    from rfsq.runtime.benchmark.gpu import device_belief_figures
+
+    with ExitStack() as scope:
+        figures = list(device_belief_figures(scope, here.tokenizer))
+        assert [figure.operation for figure in figures] == ["logits", "logits, std", "logits, std, likeliest mode"]
+        for figure in figures:
+            assert figure.path == "device"
+            assert (figure.take(3) > 0).all()
 
 
 def test_what_the_gpu_does_not_take_is_refused(here: Here) -> None:
