@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
-from .backends.contract import Backend, BoundCall
-from .bundle.arrays import AnyArray
+from .backends.contract import Backend, BoundCall, GpuArrayLike
+from .bundle.arrays import AnyArray, Float32Array
 from .bundle.errors import InvalidInputError, SelfTestError
 from .bundle.models import ModelEntry
 from .bundle.validation import is_gpu_array
@@ -108,6 +108,27 @@ class DecodesProbabilities(ABC):
         self._beliefs()
         return self._gpu_belief_calls
 
+    @overload
+    def decode_probabilities(
+        self,
+        p: Float32Array | tuple[Float32Array, Float32Array],
+        *,
+        mode: BeliefMode = ...,
+        temperature: object = ...,
+        settings: BeliefSettings | None = ...,
+        seed: int | None = ...,
+    ) -> Belief[AnyArray]: ...
+
+    @overload
+    def decode_probabilities(
+        self,
+        p: GpuArrayLike | tuple[GpuArrayLike, GpuArrayLike],
+        *,
+        mode: BeliefMode = ...,
+        temperature: object = ...,
+        stream: object = ...,
+    ) -> Belief[GpuResult]: ...
+
     def decode_probabilities(  # noqa: PLR0913  # what is given, and how
         self,
         p: object,
@@ -126,6 +147,27 @@ class DecodesProbabilities(ABC):
         if _are_on_gpu(p):
             return self._gpu_beliefs(settings).decode(p, mode, temperature, stream, is_logits=False)
         return self._beliefs().decode(p, mode, temperature, settings, seed, is_logits=False)
+
+    @overload
+    def decode_logits(
+        self,
+        logits: Float32Array | tuple[Float32Array, Float32Array],
+        *,
+        mode: BeliefMode = ...,
+        temperature: object = ...,
+        settings: BeliefSettings | None = ...,
+        seed: int | None = ...,
+    ) -> Belief[AnyArray]: ...
+
+    @overload
+    def decode_logits(
+        self,
+        logits: GpuArrayLike | tuple[GpuArrayLike, GpuArrayLike],
+        *,
+        mode: BeliefMode = ...,
+        temperature: object = ...,
+        stream: object = ...,
+    ) -> Belief[GpuResult]: ...
 
     def decode_logits(  # noqa: PLR0913  # as above
         self,
