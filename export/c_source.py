@@ -323,7 +323,10 @@ def _parameters(plan: Plan) -> list[tuple[str, str]]:
 def _belief_parameters(plan: DecoderPlan) -> list[tuple[str, str]]:
     return [
         ("const float *given", f"[num_chunks][T][D][{plan.prefix}][K], probabilities or logits"),
-        ("const float *sharpness", f"[{plan.prefix}], what logits of each layer are multiplied by: 1 / temperature"),
+        (
+            "const float *sharpness",
+            f"[{plan.prefix}], factors of the logits of each layer: 1 / temperature, 1e-30 ... 1e30",
+        ),
         ("int is_logits", "whether `given` are logits; -inf is a level that cannot be"),
         ("int keeps_mode", "whether the likeliest level of every coarse token is taken for certain"),
         ("int coarse", f"how many of the first layers are the mode, 0 ... {plan.prefix}"),

@@ -197,11 +197,12 @@ static inline void to_deviations(const struct belief_decoder decoder, const floa
         if (decoder.by_token != NULL) {
             /* Of `linear`, GCC would compute one output at a time here. */
             for (int s = 0; s < STEPS; ++s)
-                for (int i = 0; i < inputs; ++i) {
-                    float sum = 0;
+                for (int first = 0; first < inputs; first += 8) {
+                    float of_8[8] = {0};
                     for (int d = 0; d < D; ++d)
-                        sum += by_latent[s * PADDED(D) + d] * decoder.by_token[d * inputs + i];
-                    by_token[s * inputs + i] = sum;
+                        for (int lane = 0; lane < 8; ++lane)
+                            of_8[lane] += by_latent[s * PADDED(D) + d] * decoder.by_token[d * inputs + first + lane];
+                    memcpy(by_token + s * inputs + first, of_8, sizeof of_8);
                 }
             slope = by_token;
         }
@@ -320,7 +321,7 @@ static inline int believe(const struct belief_decoder decoder, const float *give
     struct belief belief;
     belief.is_logits = is_logits;
     belief.keeps_mode = keeps_mode && coarse > 0;
-    if (coarse < 0 || coarse > layers)
+    if (coarse < 0 || coarse > layers || !are_sharpness((size_t)layers, sharpness))
         return RFSQ_ILLEGAL_VALUE;
     for (int layer = 0; layer < layers; ++layer) {
         belief.scale[layer] = scale_of(sharpness[layer]);

@@ -426,7 +426,7 @@ static int decode_beliefs(struct given given, const float *sharpness, int keeps_
 int rfsq_decode_beliefs(const float *given, size_t num_tokens, const float *sharpness, int is_logits, int keeps_mode,
                         size_t num_chunks, float *actions, float *deviations, float *mode_probability, int32_t *mode)
 {
-    if (num_tokens < 1 || num_tokens > L)
+    if (num_tokens < 1 || num_tokens > L || !are_sharpness(num_tokens, sharpness))
         return RFSQ_ILLEGAL_VALUE;
     const struct given tokens = {is_logits, (int)num_tokens, given, NULL, NULL};
     return decode_beliefs(tokens, sharpness, keeps_mode, num_chunks, actions, deviations, mode_probability, mode);
@@ -438,6 +438,8 @@ int rfsq_decode_bit_beliefs(const float *classes, const float *bits, size_t num_
 {
     const size_t num_tokens = (num_bits + CLASS_BITS) / TOKEN_BITS;
     if (num_tokens < 1 || num_tokens > L || num_tokens * TOKEN_BITS != num_bits + CLASS_BITS)
+        return RFSQ_ILLEGAL_VALUE;
+    if (!are_sharpness(1 + num_bits, sharpness))
         return RFSQ_ILLEGAL_VALUE;
     const struct given pair = {is_logits, (int)num_tokens, NULL, classes, bits};
     return decode_beliefs(pair, sharpness, keeps_mode, num_chunks, actions, deviations, mode_probability, mode);

@@ -12,6 +12,15 @@ static inline float power_of(float y)
     return y <= 0 ? power : y;
 }
 
+/* Whether all are positive, and none so large or small that a power of its logits says nothing. */
+static inline int are_sharpness(size_t count, const float *sharpness)
+{
+    int illegal = 0;
+    for (size_t i = 0; i < count; ++i)
+        illegal |= !(sharpness[i] >= 1e-31f && sharpness[i] <= 1e31f);
+    return !illegal;
+}
+
 /* What a difference of logits is multiplied by to be an exponent of `power_of`: sharpness / ln 2, and finite. */
 static inline float scale_of(float sharpness)
 {

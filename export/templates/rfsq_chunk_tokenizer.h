@@ -67,7 +67,7 @@ int rfsq_decode(const int32_t *tokens, size_t num_tokens, size_t num_chunks, flo
  * @brief Decode what is believed of the first tokens: expected values, and how far they may be off.
  * @param given [num_chunks][num_tokens][RFSQ_VOCABULARY], probabilities or logits
  * @param num_tokens of each chunk, 1 ... L
- * @param sharpness [num_tokens], what logits of each token are multiplied by: 1 / temperature
+ * @param sharpness [num_tokens], what logits of each token are multiplied by: 1 / temperature, 1e-30 ... 1e30
  * @param is_logits whether `given` are logits; -inf is a word that cannot be
  * @param keeps_mode whether the likeliest class alone is decoded
  * @param num_chunks how many

@@ -192,7 +192,8 @@ class ControlConfig:
         beliefs = values.get("beliefs")
         if isinstance(beliefs, dict) and isinstance(settings := beliefs.get("settings"), str):
             try:
-                values["beliefs"] = {**beliefs, "settings": load_belief_settings(settings)}
+                # Beside this file, wherever the loop is started.
+                values["beliefs"] = {**beliefs, "settings": load_belief_settings(file.parent / settings)}
             except InvalidInputError as error:
                 raise ControlConfigError(f"{file}: beliefs.settings: {error}") from error
         return cls.from_values(values, str(file))

@@ -225,7 +225,7 @@ def test_logits_of_any_finite_size_do_not_overflow(library_of: LibraryOf) -> Non
     logits = np.random.default_rng(6).choice(
         np.float32([-largest, -1e30, -100, 0, 1e-45, 90, 1e30, largest]), (20, 2, 4, 2, 5)
     )
-    for sharpness in (np.float32([1, 1]), np.float32([1e-30, largest])):
+    for sharpness in (np.float32([1, 1]), np.float32([1e-30, 1e30])):
         found = library.believe(logits, is_logits=True, sharpness=sharpness)
         check(library, found, softmax(logits, sharpness), False, 1)
 
@@ -271,6 +271,19 @@ def test_numbers_that_are_no_probability_are_refused_and_nothing_is_written(plac
     negative[-1, -1, -1, -1, 1] = -1e-45
     check_refused(library, negative, is_logits=False)
     check_refused(library, np.zeros_like(legal), is_logits=False)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, 0, -1, 1e-40])
+def test_a_sharpness_that_no_temperature_has_is_refused_and_nothing_is_written(
+    value: float, library_of: LibraryOf
+) -> None:
+    logits = random_logits(Recipe(), 5, 3, 1)
+    for layer in range(3):
+        sharpness = np.ones(3, np.float32)
+        sharpness[layer] = value
+        status, *outputs = library_of(Recipe()).believe(logits, is_logits=True, sharpness=sharpness)
+        assert status == ILLEGAL_VALUE
+        assert all((output == UNTOUCHED).all() for output in outputs)
 
 
 @pytest.mark.parametrize("place", [0, 7, -1])

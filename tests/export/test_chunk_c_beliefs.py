@@ -271,6 +271,18 @@ def check_refused(library: Library, given: Given, *, is_logits: bool) -> None:
     assert all((output == UNTOUCHED).all() for output in outputs)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, 0, -1, 1e-40])
+@pytest.mark.parametrize("form", [0, 1], ids=["words", "pair"])
+def test_a_sharpness_that_no_temperature_has_is_refused(form: int, value: float, library: Library) -> None:
+    logits = logits_of_both(2)[form]
+    sharpness = np.ones(1 + logits[-1].shape[1], np.float32)
+    for place in (0, logits[-1].shape[1] - 1):
+        wrong = with_value(sharpness, place, value)
+        status, *outputs = library.believe(logits, is_logits=True, sharpness=wrong)
+        assert status == ILLEGAL_VALUE
+        assert all((output == UNTOUCHED).all() for output in outputs)
+
+
 @pytest.mark.parametrize("place", [0, 5, -1])
 @pytest.mark.parametrize("form", [0, 1], ids=["words", "pair"])
 def test_illegal_values_are_refused_and_nothing_is_written(form: int, place: int, library: Library) -> None:

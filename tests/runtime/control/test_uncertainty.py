@@ -58,11 +58,15 @@ def test_settings_come_back_from_json_as_they_went() -> None:
     assert "beliefs" not in ControlConfig(**VALUES).to_values()
 
 
-def test_a_file_of_settings_names_that_of_beliefs(tmp_path: Path) -> None:
+def test_a_file_of_settings_names_that_of_beliefs_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    other = replace(SETTINGS, temperature=tuple(2 * value for value in SETTINGS.temperature))
+    (tmp_path / "elsewhere" / "beliefs.json").write_text(other.text(), encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "elsewhere")
     text = "\n".join(f"{name} = {value}" for name, value in VALUES.items())
     (tmp_path / "beliefs.json").write_text(SETTINGS.text(), encoding="utf-8")
     (tmp_path / "robot.toml").write_text(
-        f"{text}\n[beliefs]\nleast_mode_probability = 0.5\nsettings = '{tmp_path}/beliefs.json'\n", encoding="utf-8"
+        f"{text}\n[beliefs]\nleast_mode_probability = 0.5\nsettings = 'beliefs.json'\n", encoding="utf-8"
     )
     config = ControlConfig.from_toml(tmp_path / "robot.toml")
     assert config.beliefs == BeliefConfig(least_mode_probability=0.5, settings=SETTINGS)
