@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..bundle.arrays import AnyArray
-from ..bundle.beliefs import SUM_TOLERANCE
+from ..bundle.beliefs import SUM_TOLERANCE, Belief
 
 
 def tensor_of(array: AnyArray, like: Tensor) -> Tensor:
@@ -32,6 +34,20 @@ def softmax(values: Tensor, sharpness: Tensor | None, *, is_logits: bool) -> Ten
         values = torch.where(share > 0, torch.where(share > 0, share, 1) ** sharpness, 0)
         sums = values.sum(-1, keepdim=True)
     return torch.where(is_distribution, values / sums, torch.nan)
+
+
+def marked(belief: Belief[Tensor], distributions: Sequence[Tensor], dim: int) -> Belief[Tensor]:
+    """With NaN, and a mode of -1, in every chunk of which any distribution is none: what was made of it may be finite.
+
+    distributions: [..., *] with NaN in them; dim: the first axis behind those of chunks.
+    """
+    # No sum of probabilities is infinite.
+    mark = 0 * torch.stack([part.detach().flatten(dim).sum(-1) for part in distributions]).sum(0)
+    wide, mode = mark[..., None, None], belief.mode
+    is_wrong = mark.isnan().reshape(mark.shape + (1,) * (mode.ndim - mark.ndim))
+    return Belief(
+        belief.actions + wide, belief.std + wide, belief.mode_probability + mark, torch.where(is_wrong, -1, mode)
+    )
 
 
 def one_hot(indices: Tensor, like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..bundle.arrays import Float32Array
 from ..bundle.beliefs import Belief, BeliefMode
 from ..bundle.decoding import BLOCK_BITS, BLOCK_VALUES, MOST_BITS, ChunkDecoding, bit_places
 from ..bundle.models import ChunkModel
-from .belief_tensors import drawn, one_hot, root, softmax, straight_through, tensor_of
+from .belief_tensors import drawn, marked, one_hot, root, softmax, straight_through, tensor_of
 
 
 class _Bits(NamedTuple):
@@ -110,7 +110,8 @@ class ChunkBeliefs:
             found = found._replace(mean=straight_through(self._within(chosen, certain).mean, found.mean))
         shape = (self.model.chunk_length, self.model.action_dim)
         actions, deviation = (torch.unflatten(part, 1, shape) for part in (found.mean, root(found.variance)))
-        return Belief(actions * self.units + self.offset, deviation * self.units, probability, chosen)
+        belief = Belief(actions * self.units + self.offset, deviation * self.units, probability, chosen)
+        return marked(belief, (classes, bits.first, bits.rest), 1)
 
     # What is given, taken apart --------------------------------------------------------------------------------------
 

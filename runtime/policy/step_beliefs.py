@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..bundle.beliefs import Belief, BeliefMode
 from ..bundle.decoding import StepDecoding
-from .belief_tensors import drawn, one_hot, root, softmax, straight_through, tensor_of
+from .belief_tensors import drawn, marked, one_hot, root, softmax, straight_through, tensor_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class StepBeliefs:
         probability = likeliest.values.flatten(-3)
         # Of no steps at all nothing is unsure.
         probability = probability.amin(-1) if probability.shape[-1] else probability.new_ones(probability.shape[:-1])
-        return Belief(actions, self._std(hidden, variance), probability, chosen)
+        return marked(Belief(actions, self._std(hidden, variance), probability, chosen), (probabilities,), -4)
 
     def _actions(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [..., D, l], or what is expected of them, to actions [..., A] and the hidden layer [..., H]."""

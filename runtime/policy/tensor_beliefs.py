@@ -224,6 +224,10 @@ def _sharpness(temperature: object, given: tuple[Tensor, ...], validator: Belief
             f"temperature has shape {[*temperature.shape]} and type {temperature.dtype}; expected floats, one or "
             f"[{size}]"
         )
+    if temperature.is_cpu and runs_on_numbers():
+        validator.sharpness(temperature.detach().double().numpy(), cast(Given, given))
+    # Of a temperature that is none nothing follows.
+    temperature = torch.where(temperature > 0, temperature, torch.nan)
     return (1 / temperature.to(given[0])).expand(size)
 
 

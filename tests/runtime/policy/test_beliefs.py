@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -513,10 +514,30 @@ def test_illegal_logits_are_named_on_the_cpu_and_mark_their_chunk_elsewhere(valu
     place = re.escape(f"{name}{[size - 1 for size in logits[0].shape]} is {value}")
     with pytest.raises(InvalidInputError, match=place):
         case.decode(logits)
-    # In a transform nobody looks.
-    belief = torch.func.vmap(lambda *parts: vars(case.decode(parts)))(*(part[:, None] for part in logits))
-    is_marked = belief["actions"].isnan().flatten(1).any(1)
-    assert is_marked.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("mode", ["expected", "likeliest mode"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_where_nobody_looks_all_of_a_chunk_is_marked_whatever_is_wrong_with_it(
+    value: float, mode: BeliefMode, case: Case
+) -> None:
+    for part, place in itertools.product(range(len(case.logits())), (0, -1)):
+        logits = [found.clone() for found in case.logits()]
+        # Of the last chunk the first number, or the last.
+        logits[part][(-1, *(place,) * (logits[part].ndim - 1))] = value
+        belief = torch.func.vmap(lambda *parts: vars(case.decode(parts, mode=mode)))(*(one[:, None] for one in logits))
+        for name in ("actions", "std", "mode_probability"):
+            assert belief[name].isnan().flatten(1).all(1).tolist() == [False, False, True], name
+            assert not belief[name][:2].isnan().any(), name
+        assert (belief["mode"] == -1).flatten(1).all(1).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, torch.nan, torch.inf])
+def test_a_temperature_that_is_none_is_refused_as_a_tensor_too(value: float, case: Case) -> None:
+    with pytest.raises(InvalidInputError, match="expected positive numbers"):
+        case.decode(case.logits(), temperature=torch.tensor(value))
+    compiled = torch.func.vmap(lambda *parts: case.decode(parts, temperature=torch.tensor(-1.0)).actions)
+    assert compiled(*(part[:, None] for part in case.logits())).isnan().all()
 
 
 @pytest.mark.parametrize("value", [-0.5, 2.0, torch.nan])
