@@ -17,6 +17,7 @@ from ..bundle.comparison import action_errors, std_error
 from ..bundle.errors import FingerprintError, InvalidInputError
 from ..bundle.gates import GATES
 from ..bundle.models import ChunkModel, ModelEntry
+from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer
 from .belief_config import BeliefConfig
 from .config import ControlConfig
@@ -303,6 +304,17 @@ class BeliefJudge:
         )
 
 
+def _check_limits(beliefs: BeliefConfig, model: ModelEntry) -> None:
+    """Raises InvalidInputError for a limit that would hold whatever a policy says."""
+    has_limit = np.isfinite(beliefs.std_limit).any()
+    if has_limit and model.token_grid and beliefs.mode == "likeliest mode" and not beliefs.least_mode_probability:
+        layers = counted(coarse_layers(model), "layer")
+        raise InvalidInputError(
+            f"std_limit is set, and the likeliest mode takes the likeliest tokens of {layers} for certain: whatever "
+            "the policy says of these, std is 0; take mode 'expected', or set least_mode_probability, too"
+        )
+
+
 def check_beliefs(config: ControlConfig, tokenizers: Sequence[ActionTokenizer]) -> None:
     """Raises ControlConfigError unless all of these can decode beliefs as the settings want it."""
     beliefs = config.beliefs
@@ -312,6 +324,7 @@ def check_beliefs(config: ControlConfig, tokenizers: Sequence[ActionTokenizer]) 
         for tokenizer in tokenizers:
             forms = BeliefForms(tokenizer.model, beliefs)
             belief_backend(tokenizer.backend)
+            _check_limits(beliefs, tokenizer.model)
             if (settings := beliefs.settings) is not None:
                 coarse = coarse_layers(tokenizer.model)
                 settings.check(replace(settings.kind, fingerprint=tokenizer.fingerprint, coarse=coarse))

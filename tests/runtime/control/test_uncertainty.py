@@ -152,6 +152,20 @@ def test_temperatures_of_another_number_of_layers_or_tokens_are_refused(either_t
         loop(either_tokenizer, beliefs=BeliefConfig(temperature=(1.0,) * 99))
 
 
+def test_a_limit_that_holds_whatever_comes_is_refused(
+    tokenizer: ActionTokenizer, chunk_tokenizer: ActionTokenizer
+) -> None:
+    blind = BeliefConfig("likeliest mode", std_limit=0.1)
+    with pytest.raises(ControlConfigError, match="std is 0; take mode 'expected', or set least_mode_probability, too"):
+        loop(tokenizer, beliefs=blind)
+    for found, beliefs in (
+        (chunk_tokenizer, blind),
+        (tokenizer, replace(blind, mode="expected")),
+        (tokenizer, replace(blind, least_mode_probability=0.2)),
+    ):
+        loop(found, beliefs=beliefs).close()
+
+
 # --- what comes -------------------------------------------------------------------------------------------------------
 
 
