@@ -184,7 +184,8 @@ static inline void to_deviations(const struct belief_decoder decoder, const floa
                                  const float *restrict spread, float *restrict deviations)
 {
     static _Alignas(64) const float none[PADDED(D)] = {0};
-    const int inputs = decoder.inputs;
+    /* Whole vectors: so compilers write nothing for what would be left. */
+    const int inputs = decoder.inputs / 8 * 8;
     /* Of every eighth input one sum, as in `linear_to_few`. */
     _Alignas(64) float sums[A * STEPS * 8], sums_of_4[A * STEPS * 4], sums_of_2[A * STEPS * 2], variances[A * STEPS];
     for (int a = 0; a < A; ++a) {
@@ -197,12 +198,11 @@ static inline void to_deviations(const struct belief_decoder decoder, const floa
         if (decoder.by_token != NULL) {
             /* Of `linear`, GCC would compute one output at a time here. */
             for (int s = 0; s < STEPS; ++s)
-                for (int first = 0; first < inputs; first += 8) {
-                    float of_8[8] = {0};
+                for (int i = 0; i < inputs; ++i) {
+                    float sum = 0;
                     for (int d = 0; d < D; ++d)
-                        for (int lane = 0; lane < 8; ++lane)
-                            of_8[lane] += by_latent[s * PADDED(D) + d] * decoder.by_token[d * inputs + first + lane];
-                    memcpy(by_token + s * inputs + first, of_8, sizeof of_8);
+                        sum += by_latent[s * PADDED(D) + d] * decoder.by_token[d * inputs + i];
+                    by_token[s * inputs + i] = sum;
                 }
             slope = by_token;
         }

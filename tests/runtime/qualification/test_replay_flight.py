@@ -195,7 +195,14 @@ def test_a_tick_without_a_clock_right_after_a_start_counts_for_those_after_it(
     [
         {},
         {"out_of_range": "limit", "beliefs": {"least_mode_probability": 0.9, "leave_ticks": 3}},
-        {"beliefs": {"mode": "likeliest mode", "std_limit": 1e-3, "when_uncertain": "slow"}},
+        {
+            "beliefs": {
+                "mode": "likeliest mode",
+                "std_limit": 1e-3,
+                "least_mode_probability": 0.3,
+                "when_uncertain": "slow",
+            }
+        },
         {"on_fault": "stop"},
         {"max_consecutive_faults": 2, "beliefs": {"least_mode_probability": 0.9, "when_uncertain": "ask"}},
     ],
