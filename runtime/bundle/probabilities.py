@@ -114,15 +114,6 @@ class ChunkProbabilities:
         return bits
 
 
-def class_probabilities(given: Given, sharpness: Float32Array, model: ChunkModel, *, is_logits: bool) -> Float64Array:
-    """Of the classes, float64 [B, C]."""
-    if len(given) == 2:
-        return distributions(given[0], sharpness[0], is_logits=is_logits)
-    words = distributions(given[0][:, 0], sharpness[0], is_logits=is_logits)
-    classes: Float64Array = _by_class(words, model).sum(axis=2)
-    return classes
-
-
 def chunk_probabilities(
     given: Given, sharpness: Float32Array, model: ChunkModel, *, is_logits: bool
 ) -> ChunkProbabilities:
@@ -153,7 +144,7 @@ def _of_pair(given: Given, sharpness: Float32Array, model: ChunkModel, *, is_log
         both = np.stack((1 - ones, ones), axis=1)
     cut = model.token_bits - model.class_bits
     first = np.broadcast_to(both[:, None, :, :cut], (len(bits), model.num_classes, 2, cut))
-    of_classes = class_probabilities(given, sharpness, model, is_logits=is_logits)
+    of_classes = distributions(given[0], sharpness[0], is_logits=is_logits)
     return ChunkProbabilities(of_classes, first, both[:, :, cut:])
 
 

@@ -16,7 +16,6 @@ from rfsq.runtime.bundle.models import ChunkModel
 from rfsq.runtime.bundle.probabilities import (
     chunk_probabilities,
     class_of_tokens,
-    class_probabilities,
     drawn,
     logits_of,
     num_tokens,
@@ -59,8 +58,6 @@ def test_tokens_are_taken_apart_as_the_definition_does(sizes: ChunkSizes, seed: 
         zeros, ones = found.of_class(np.full(2, index, np.int32)).swapaxes(0, 1)
         np.testing.assert_allclose(ones, expected.bits[:, index], rtol=1e-12)
         np.testing.assert_allclose(zeros, 1 - expected.bits[:, index], atol=1e-14)
-    by_class = class_probabilities((logits,), sharpness(1, length), model, is_logits=True)
-    np.testing.assert_array_equal(by_class, found.classes)
 
 
 def test_of_a_bit_that_is_nearly_certain_the_other_side_keeps_its_digits() -> None:
